@@ -106,7 +106,7 @@ class PerceiverResampler(nn.Module):
         """
         patches = self.proj_in(patch_embeddings)
         mask = None if patch_mask is None else patch_mask.bool()[:, None, None, :]
-        latents = self.latents.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        latents = self.latents.expand(patches.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(latents, patches, mask)
         return latents

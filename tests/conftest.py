@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests: tiny bases on disk, the model over them; one thread, no network."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import TINY_CONNECTOR, save_tiny_llm, save_tiny_tower
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tower_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_tower(tmp_path_factory.mktemp("tower"))
+
+
+@pytest.fixture
+def tiny_vlm(tiny_llm_dir: Path, tiny_tower_dir: Path) -> tuple[Any, Any]:
+    """A fresh (model, processor) in fp32 with 4 latents per picture; its connector is not near zero."""
+    from qwen3_vlm.models.bases import load_bases
+
+    torch.manual_seed(2)
+    model, processor = load_bases(
+        tiny_llm_dir, tiny_tower_dir, dtype=torch.float32, initializer_range=0.2, **TINY_CONNECTOR
+    )
+    return model.eval(), processor
