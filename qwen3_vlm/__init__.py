@@ -1,0 +1,64 @@
+"""Teach a frozen text-only Qwen3 to see, by training and shipping a small add-on.
+
+Only the public names are here. Each is imported when it is first asked for, so that `import qwen3_vlm`
+costs nothing and does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwen3_vlm.config import RunConfig, load_config
+    from qwen3_vlm.errors import Qwen3VLMError
+    from qwen3_vlm.evaluate.captioning import caption_images
+    from qwen3_vlm.models import (
+        MLPProjector,
+        PerceiverResampler,
+        Qwen3VLMConfig,
+        Qwen3VLMForConditionalGeneration,
+        Qwen3VLMModel,
+        Qwen3VLMProcessor,
+    )
+    from qwen3_vlm.train.add_ons import load_vlm
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MLPProjector": "qwen3_vlm.models",
+    "PerceiverResampler": "qwen3_vlm.models",
+    "Qwen3VLMConfig": "qwen3_vlm.models",
+    "Qwen3VLMError": "qwen3_vlm.errors",
+    "Qwen3VLMForConditionalGeneration": "qwen3_vlm.models",
+    "Qwen3VLMModel": "qwen3_vlm.models",
+    "Qwen3VLMProcessor": "qwen3_vlm.models",
+    "RunConfig": "qwen3_vlm.config",
+    "caption_images": "qwen3_vlm.evaluate.captioning",
+    "load_config": "qwen3_vlm.config",
+    "load_vlm": "qwen3_vlm.train.add_ons",
+}
+
+__all__ = [
+    "MLPProjector",
+    "PerceiverResampler",
+    "Qwen3VLMConfig",
+    "Qwen3VLMError",
+    "Qwen3VLMForConditionalGeneration",
+    "Qwen3VLMModel",
+    "Qwen3VLMProcessor",
+    "RunConfig",
+    "__version__",
+    "caption_images",
+    "load_config",
+    "load_vlm",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from where it lives; PEP 562."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
