@@ -1,0 +1,321 @@
+"""The command line: each command parses its arguments, calls one function of the package and prints.
+
+Errors of `qwen3_vlm.errors` are printed as the sentence they are, with exit status 1; anything
+unexpected likewise, unless QWEN3_VLM_DEBUG=1 asks for the stack trace. Usage errors exit with 2, Ctrl-C
+with 130. What a command needs is imported inside it, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from qwen3_vlm import __version__
+from qwen3_vlm.errors import DataError, ImageError, Qwen3VLMError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from qwen3_vlm.config import RunConfig
+
+DEBUG_VARIABLE = "QWEN3_VLM_DEBUG"
+IMAGE_SUFFIXES = frozenset(
+    (".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
+    + (".tif", ".tiff", ".webp")
+)
+CONFIG_SUFFIXES = frozenset({".yaml", ".yml"})
+MAX_IMAGE_PIXELS = 50_000_000  # the default of DataConfig.max_image_pixels
+
+app = typer.Typer(
+    help="Teach a frozen text-only Qwen3 to see, by training and shipping a small add-on.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at a data set before training does.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/stage1_align.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optim.learning_rate=2e-4.")
+]
+Llm = Annotated[str | None, typer.Option(help="LLM to use instead of the one that connector.json names.")]
+Tower = Annotated[str | None, typer.Option(help="Vision tower to use instead of the one in connector.json.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit status; no stack trace unless asked for."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="qwen3-vlm")
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+            raise
+        print(explain(error), file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def explain(error: Exception) -> str:
+    """What to tell the user: our own sentences as they are, others on one line with a way to see more."""
+    if isinstance(error, Qwen3VLMError):
+        return f"Error: {error}"
+    hint = f"Run again with {DEBUG_VARIABLE}=1 for the stack trace."
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("qwen3_vlm"):
+        return f"Error: the Python package {error.name} is not installed; try pip install 'qwen3-vlm[demo]'. {hint}"
+    if isinstance(error, MemoryError):
+        return f"Error: the memory is full; try a smaller optim.batch_size or data.max_seq_len. {hint}"
+    return f"Error: unexpected {type(error).__name__}{': ' + text if text else ''}. {hint}"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"qwen3-vlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train as a YAML file says; run it again to go on where it stopped."""
+    from qwen3_vlm.config import load_config
+    from qwen3_vlm.train.train_utils import train as run
+
+    print_result(run(load_config(config, overrides or [])))
+
+
+@app.command()
+def sweep(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train over the grid of learning rates and vision_ln, and rank the runs."""
+    from qwen3_vlm.config import load_config
+    from qwen3_vlm.train.sweep import sweep as run
+
+    print(run(load_config(config, overrides or [])))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Connector directory.", show_default=False)],
+    gates: Annotated[bool, typer.Option("--gates", help="Also ask that every gate of its evidence passed.")] = False,
+    llm: Llm = None,
+    vision_tower: Tower = None,
+) -> None:
+    """Check a connector's files and, where they can be found, its bases; exit status 1 if anything is wrong."""
+    from qwen3_vlm.train.add_ons import verify_connector
+
+    print(verify_connector(directory, llm=llm, vision_tower=vision_tower, gates=gates))
+
+
+@app.command()
+def caption(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Option(help="Connector directory.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option(help="What to ask about each picture.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+    llm: Llm = None,
+    vision_tower: Tower = None,
+) -> None:
+    """Say what is in pictures, one line each, greedily decoded."""
+    from qwen3_vlm.evaluate.captioning import caption_images
+
+    paths = find_pictures(images)
+    model, processor = load_model(checkpoint, llm, vision_tower)
+    asked = {} if prompt is None else {"prompt": prompt}
+    failures: list[ImageError] = []
+    for batch in _batches(_readable(paths, failures), batch_size):
+        pictures = [picture for _, picture in batch]
+        answers = caption_images(
+            model, processor, pictures, max_new_tokens=max_new_tokens, batch_size=batch_size, **asked
+        )
+        for (path, _), answer in zip(batch, answers, strict=True):
+            line = {"image": str(path), "caption": answer}
+            print(json.dumps(line, ensure_ascii=False) if as_json else f"{path}: {answer}", flush=True)
+    if failures:
+        raise failures[0] if len(failures) == len(paths) == 1 else _summary(failures, len(paths))
+
+
+@data_app.command()
+def doctor(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="A YAML file followed by KEY=VALUE overrides, or record files (LLaVA JSON, JSONL, tar) and folders.",
+            show_default=False,
+        ),
+    ],
+    export: Annotated[Path | None, typer.Option(help="Folder for the findings as JSON, CSV and HTML.")] = None,
+    tokens: Annotated[bool, typer.Option(help="Check labels, placeholders and lengths with the tokenizer.")] = True,
+    pictures: Annotated[bool, typer.Option(help="Read and decode every picture.")] = True,
+) -> None:
+    """Find what is wrong with a data set before training does; exit status 1 if anything is."""
+    from qwen3_vlm.data.doctor import examine
+
+    config = read_sources(sources)
+    report = examine(config, load_processor(config) if tokens else None, decode_images=pictures, progress=True)
+    print(report.table())
+    if export is not None:
+        report.export(export)
+        print(f"Findings: {export}")
+    raise typer.Exit(report.exit_status)
+
+
+@data_app.command(name="cache-benchmark")
+def cache_benchmark(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures to measure with.")] = 64,
+) -> None:
+    """Measure whether caching the tower's outputs on disk pays on this machine."""
+    from qwen3_vlm.config import load_config
+    from qwen3_vlm.train.cache_benchmark import measure_feature_cache
+
+    print(measure_feature_cache(load_config(config, overrides or []), images=images))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]) -> None:
+    """Write report.html of a run, finished or not: curves, gates, golden samples, costs."""
+    from qwen3_vlm.evaluate.report import write_report
+
+    _require_folder(run, "run folder")
+    print(write_report(run))
+
+
+@app.command(name="golden-diff")
+def golden_diff(
+    first: Annotated[Path, typer.Argument(help="Golden file, such as golden/step-000200.jsonl.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="The same of another checkpoint.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """Show which golden answers differ between two checkpoints."""
+    from qwen3_vlm.evaluate.golden import diff_golden
+
+    difference = diff_golden(first, second)
+    print(json.dumps(difference.to_dict(), ensure_ascii=False, indent=2) if as_json else difference.to_text())
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Connector directory.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    llm: Llm = None,
+    vision_tower: Tower = None,
+) -> None:
+    """Write bases and connector as one Hugging Face folder that loads with trust_remote_code, without this package."""
+    from qwen3_vlm.train.add_ons import export_vlm
+
+    print(export_vlm(directory, out, llm=llm, vision_tower=vision_tower))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+) -> None:
+    """Build the embedded data set, train the connector on tiny bases, check it and show it."""
+    from qwen3_vlm.demo.run import run_demo
+
+    run_demo(out)
+
+
+def find_pictures(paths: Iterable[Path]) -> list[Path]:
+    """Files as given, folders as the sorted pictures somewhere below them.
+
+    Raises:
+        DataError: a path is missing, or a folder holds no picture.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                known = ", ".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))
+                raise DataError(f"The folder {path} holds no picture; files that end in {known} count as pictures.")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"{path} does not exist; give a picture or a folder of pictures.")
+    return found
+
+
+def read_sources(sources: Sequence[str]) -> "RunConfig":
+    """The configuration of `SOURCE...`: a YAML file with overrides, or plain record files."""
+    from qwen3_vlm.config import load_config, parse_config
+
+    overrides = [source for source in sources if "=" in source and not Path(source).exists()]
+    files = [source for source in sources if source not in overrides]
+    if len(files) == 1 and Path(files[0]).suffix.lower() in CONFIG_SUFFIXES:
+        return load_config(files[0], overrides)
+    return parse_config({"data": {"train": files}} if files else {}, overrides, source="command line")
+
+
+def load_processor(config: "RunConfig") -> Any:
+    """The tokenizer and image processor of the bases, without their weights."""
+    from qwen3_vlm.models import Qwen3VLMProcessor
+
+    return Qwen3VLMProcessor.from_bases(config.model.llm, config.model.vision_tower, config.model.num_latents)
+
+
+def load_model(checkpoint: Path, llm: str | None, vision_tower: str | None) -> tuple[Any, Any]:
+    """Bases and connector, ready to generate, without the loaders' progress bars."""
+    from transformers.utils import logging
+
+    from qwen3_vlm.train.add_ons import load_vlm
+
+    logging.disable_progress_bar()
+    return load_vlm(checkpoint, llm=llm, vision_tower=vision_tower)
+
+
+def print_result(result: Any) -> None:
+    """Where a finished run left its things, and how its gates went."""
+    print(f"Run: {result.output_dir} (step {result.step:,})")
+    if result.connector_dir is not None:
+        print(f"Connector: {result.connector_dir}")
+    for gate in (result.evidence or {}).get("gates", []):
+        word = "passed" if gate["passed"] else "FAILED"
+        interval = f"{gate['value']:.3f} [{gate['low']:.3f}, {gate['high']:.3f}]"
+        print(f"Gate {gate['name']}: {word}, {interval}, threshold {gate['threshold']}")
+
+
+def _readable(paths: Iterable[Path], failures: list[ImageError]) -> "Iterator[tuple[Path, Image]]":
+    """Pictures that can be read; the others are told on stderr and collected in `failures`."""
+    from qwen3_vlm.data.images import load_image
+
+    for path in paths:
+        try:
+            yield path, load_image(path, max_pixels=MAX_IMAGE_PIXELS, name=str(path))
+        except ImageError as error:
+            failures.append(error)
+            print(f"Skipped: {error}", file=sys.stderr)
+
+
+def _batches(items: "Iterable[tuple[Path, Image]]", size: int) -> "Iterator[list[tuple[Path, Image]]]":
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _summary(failures: Sequence[ImageError], total: int) -> DataError:
+    return DataError(f"{len(failures)} of {total} pictures can't be read; each is named above.")
+
+
+def _require_folder(path: Path, what: str) -> None:
+    if not path.is_dir():
+        raise DataError(f"The {what} {path} does not exist.")
