@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from qwen3_vlm.config import RunConfig
 
 DEBUG_VARIABLE = "QWEN3_VLM_DEBUG"
-IMAGE_SUFFIXES = frozenset(
-    (".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm")
-    + (".tif", ".tiff", ".webp")
-)
+_COMMON_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_RARE_SUFFIXES = (".apng", ".avif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm")
+IMAGE_SUFFIXES = frozenset(_COMMON_SUFFIXES + _RARE_SUFFIXES)
 CONFIG_SUFFIXES = frozenset({".yaml", ".yml"})
 MAX_IMAGE_PIXELS = 50_000_000  # the default of DataConfig.max_image_pixels
 
@@ -245,8 +244,8 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
-                known = ", ".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))
-                raise DataError(f"The folder {path} holds no picture; files that end in {known} count as pictures.")
+                known = ", ".join(_COMMON_SUFFIXES)
+                raise DataError(f"The folder {path} holds no picture: no file that ends in {known} or the like.")
             found += inside
         elif path.exists():
             found.append(path)
