@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from qwen3_vlm.data.records import CAPTION_PROMPT, IMAGE_MARK
 from qwen3_vlm.errors import ModelError
 from qwen3_vlm.evaluate.batches import device_of, evaluation_mode
 
-DEFAULT_PROMPT = "Describe the image."
-_IMAGE_MARKS = ("<image_patch>", "<image>")
+_IMAGE_MARKS = ("<image_patch>", IMAGE_MARK)
 _T = TypeVar("_T")
 
 
@@ -39,7 +39,7 @@ def caption_images(
     processor: Any,
     images: Iterable[Image.Image],
     *,
-    prompt: str = DEFAULT_PROMPT,
+    prompt: str = CAPTION_PROMPT,
     max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> list[str]:
