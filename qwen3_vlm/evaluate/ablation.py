@@ -34,13 +34,13 @@ from qwen3_vlm.evaluate.batches import (
     Batch,
     device_of,
     evaluation_mode,
-    images_per_row,
-    model_inputs,
     num_rows,
+    select,
 )
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio, wilson_interval
 from qwen3_vlm.evaluate.metrics import row_losses
 from qwen3_vlm.evaluate.shuffling import derangement, exchange_groups
+from qwen3_vlm.models.losses import IGNORE_INDEX
 
 CONDITIONS = ("correct", "shuffled", "zero", "noise")
 MIN_SAMPLES = 256  # a gate on fewer samples can't pass
@@ -235,11 +235,9 @@ def _collect(model: Any, batches: Iterable[Batch], max_samples: int) -> _Collect
 
 def _collect_batch(model: Any, batch: Batch, collected: _Collected, max_samples: int) -> None:
     """Encode the batch's pictures and add the rows that can be graded."""
-    device = device_of(model)
-    counts = images_per_row(model, batch["input_ids"])
-    graded = (batch["labels"][:, 1:] != -100).any(dim=1).tolist()
+    graded = (batch.inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1).tolist()
     kept: list[int] = []
-    for row, (count, has_labels) in enumerate(zip(counts, graded, strict=True)):
+    for row, (count, has_labels) in enumerate(zip(batch.image_counts, graded, strict=True)):
         if len(collected.sample_ids) + len(kept) >= max_samples:
             break
         if count and has_labels:
@@ -248,18 +246,18 @@ def _collect_batch(model: Any, batch: Batch, collected: _Collected, max_samples:
         collected.zero_label += bool(count) and not has_labels
     if not kept:
         return
-    embeddings = [embedding.cpu() for embedding in image_embeddings(model, model_inputs(batch, device, IMAGE_INPUTS))]
-    digests = _picture_digests(batch)
-    starts = np.cumsum([0, *counts])
-    names = batch.get("sample_ids") or [str(row) for row in range(num_rows(batch))]
+    inputs = select(batch.inputs, IMAGE_INPUTS, device_of(model))
+    embeddings = [embedding.cpu() for embedding in image_embeddings(model, inputs)]
+    digests = [hashlib.sha256(picture.float().cpu().numpy().tobytes()).digest() for picture in _pictures(inputs)]
+    starts = np.cumsum([0, *batch.image_counts])
     for row in kept:
         pictures = range(int(starts[row]), int(starts[row + 1]))
         collected.owners += [len(collected.sample_ids)] * len(pictures)
-        collected.sample_ids.append(str(names[row]))
+        collected.sample_ids.append(batch.sample_ids[row])
         collected.embeddings += [embeddings[picture] for picture in pictures]
         collected.digests += [digests[picture] for picture in pictures]
-    collected.image_counts.append([counts[row] for row in kept])
-    texts = model_inputs(batch, torch.device("cpu"), TEXT_INPUTS)
+    collected.image_counts.append([batch.image_counts[row] for row in kept])
+    texts = select(batch.inputs, TEXT_INPUTS, torch.device("cpu"))
     collected.texts.append({name: tensor[kept] for name, tensor in texts.items()})
 
 
@@ -270,10 +268,9 @@ def image_embeddings(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     return list(model.get_image_features(**inputs).pooler_output)
 
 
-def _picture_digests(batch: Batch) -> list[bytes]:
-    """Equal for equal pictures, so that `shuffled` does not hand a sample a copy of its own picture."""
-    pixels = batch["pixel_values"] if batch.get("pixel_values") is not None else batch["patch_embeddings"]
-    return [hashlib.sha256(picture.float().cpu().numpy().tobytes()).digest() for picture in pixels]
+def _pictures(inputs: dict[str, Tensor]) -> Tensor:
+    """What tells two pictures apart, (I, …): their pixels, or what the tower made of them."""
+    return inputs["patch_embeddings"] if "patch_embeddings" in inputs else inputs["pixel_values"]
 
 
 def _grade(

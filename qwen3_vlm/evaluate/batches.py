@@ -1,21 +1,48 @@
 """What evaluation needs to know of a batch and of a model; shared by losses, ablation and captions.
 
-A batch is the collator's padded dict, one sample per row. Its tensors named in `MODEL_INPUTS` are the
-model's arguments; the rest (`sample_ids`, `skipped`, `answer_lengths`, …) is bookkeeping.
+`Batch` is what is needed of the collator's batch; here every row holds one sample (`packing` off).
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qwen3_vlm.errors import DataError
+
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")  # (B, T) each
 IMAGE_INPUTS = ("pixel_values", "patch_embeddings", "pixel_attention_mask", "spatial_shapes")  # (I, …) each
-MODEL_INPUTS = TEXT_INPUTS + IMAGE_INPUTS
 
-Batch = Mapping[str, Any]
+
+class SkippedRecord(Protocol):
+    """A record that could not be used."""
+
+    @property
+    def reason(self) -> str: ...
+
+
+class Batch(Protocol):
+    """A padded batch. `inputs` are the model's arguments, empty where every record had to be skipped."""
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def sample_ids(self) -> Sequence[str]: ...  # one per row
+
+    @property
+    def answer_lengths(self) -> Sequence[int]: ...  # tokens, one per row
+
+    @property
+    def image_counts(self) -> Sequence[int]: ...  # one per row
+
+    @property
+    def dropped_turns(self) -> Sequence[int]: ...  # turns left out to fit, one per row
+
+    @property
+    def skipped(self) -> Sequence[SkippedRecord]: ...
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -23,21 +50,24 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def model_inputs(batch: Batch, device: torch.device, names: tuple[str, ...] = MODEL_INPUTS) -> dict[str, Tensor]:
-    """The tensors of a batch that the model takes, on its device."""
-    return {name: batch[name].to(device) for name in names if isinstance(batch.get(name), Tensor)}
+def select(inputs: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """The inputs of these names that the batch has, on the device."""
+    return {name: inputs[name].to(device) for name in names if inputs.get(name) is not None}
 
 
 def num_rows(batch: Batch) -> int:
-    """Samples in a batch; 0 where the collator had to skip all of them."""
-    input_ids = batch.get("input_ids")
-    return input_ids.shape[0] if isinstance(input_ids, Tensor) else 0
+    """Samples in a batch.
 
-
-def images_per_row(model: Any, input_ids: Tensor) -> list[int]:
-    """How many pictures each row of (B, T) ids holds, counted by its placeholders."""
-    placeholders = (input_ids == model.config.image_token_id).sum(dim=1)
-    return [int(count) // int(model.config.num_latents) for count in placeholders]
+    Raises:
+        DataError: the batch is packed, so that a row is not a sample.
+    """
+    rows = batch.inputs["input_ids"].shape[0] if batch.inputs else 0
+    if rows != len(batch.sample_ids):
+        raise DataError(
+            f"An evaluation batch has {len(batch.sample_ids)} samples in {rows} rows; losses are kept per sample, "
+            "so make the batches with packing off."
+        )
+    return rows
 
 
 @contextlib.contextmanager

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from qwen3_vlm.evaluate.batches import Batch, device_of, evaluation_mode, model_inputs, num_rows
+from qwen3_vlm.evaluate.batches import Batch, device_of, evaluation_mode, num_rows, select
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio
 
 BUCKET_NAMES = {"le10": (0, 10), "11_20": (11, 20), "ge21": (21, None)}  # answer length in tokens, inclusive
@@ -119,8 +118,10 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], *, max_samples: int | No
     Args:
         model: a Qwen3VLMForConditionalGeneration; its mode is put back afterwards. Autocast, where it is
             wanted, is the caller's.
-        batches: padded batches (one sample per row) of the collator. `answer_lengths` decides the bucket;
-            where a batch has none, the number of graded tokens does.
+        batches: padded batches (one sample per row) of the collator.
+
+    Raises:
+        DataError: a batch is packed.
     """
     parts: list[LossReport] = []
     left = max_samples
@@ -143,37 +144,22 @@ def row_losses(model: Any, inputs: dict[str, Any]) -> tuple[NDArray[np.float64],
 
 
 def _grade_batch(model: Any, batch: Batch, max_rows: int | None) -> LossReport:
-    reasons = Counter(str(skipped.reason) for skipped in batch.get("skipped") or ())
-    truncated = sum(count for reason, count in reasons.items() if reason.startswith("truncates"))
-    refused_empty = reasons.get("no_labels", 0)
     rows = num_rows(batch) if max_rows is None else min(num_rows(batch), max_rows)
-    if not rows:
-        return _empty_report(refused_empty, truncated, dict(reasons))
-    sums, counts = row_losses(model, model_inputs(batch, device_of(model)))
-    names = batch.get("sample_ids") or [str(row) for row in range(num_rows(batch))]
-    lengths = np.asarray(_answer_lengths(batch, counts), dtype=np.int64)
+    reasons = Counter(skipped.reason for skipped in batch.skipped)
+    refused = sum(count for reason, count in reasons.items() if reason.startswith("truncates"))
+    sums, counts = np.zeros(0), np.zeros(0, np.int64)
+    if rows:
+        sums, counts = row_losses(model, dict(select(batch.inputs, tuple(batch.inputs), device_of(model))))
     kept = np.flatnonzero(counts[:rows])
     return LossReport(
-        sample_ids=tuple(str(names[row]) for row in kept),
+        sample_ids=tuple(batch.sample_ids[row] for row in kept),
         loss_sums=sums[kept],
         token_counts=counts[kept],
-        answer_lengths=lengths[kept],
-        zero_label=refused_empty + rows - len(kept),
-        truncated=truncated,
+        answer_lengths=np.asarray(batch.answer_lengths, dtype=np.int64)[kept],
+        zero_label=reasons["no_labels"] + rows - len(kept),
+        truncated=refused + sum(turns > 0 for turns in batch.dropped_turns[:rows]),
         skipped=dict(reasons),
     )
-
-
-def _answer_lengths(batch: Batch, counts: NDArray[np.int64]) -> Any:
-    lengths = batch.get("answer_lengths")
-    if lengths is None:
-        return counts
-    return lengths.cpu().numpy() if isinstance(lengths, Tensor) else lengths
-
-
-def _empty_report(zero_label: int, truncated: int, skipped: dict[str, int]) -> LossReport:
-    nothing = np.zeros(0, np.int64)
-    return LossReport((), np.zeros(0), nothing, nothing, zero_label, truncated, skipped)
 
 
 def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
