@@ -173,10 +173,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> RunConfig:
     """Build a RunConfig from a plain mapping; see `load_config`."""
-    merged = _deep_copy(tree)
-    for override in overrides:
-        _apply_override(merged, override)
-    return typing.cast(RunConfig, _build(RunConfig, merged, prefix="", source=source))
+    try:
+        merged = _deep_copy(tree)
+        for override in overrides:
+            _apply_override(merged, override)
+        return typing.cast(RunConfig, _build(RunConfig, merged, prefix="", source=source))
+    except RecursionError as error:
+        raise ConfigError(
+            f"{source} contains itself (a YAML anchor inside its own value) or is nested too deep."
+        ) from error
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -197,7 +202,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"The configuration {path} can't be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
@@ -212,7 +217,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"The override {override!r} is not of the form key=value, such as optim.learning_rate=1e-4.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"The value of the override {override!r} is not valid YAML.") from error
     *parents, last = key.split(".")
     node = tree
