@@ -3,15 +3,19 @@
 Loading is strict: a base that would be half-empty is refused, with the tensors named.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from qwen3_vlm.errors import ModelError
 from qwen3_vlm.models.configuration import Qwen3VLMConfig
+from qwen3_vlm.models.precision import compute_in_fp32, must_widen
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 
@@ -85,6 +89,9 @@ def join(text_model: Any, tower: Any, *, image_token_id: int, **connector: Any) 
     model.model.vision_tower = tower
     model.model.language_model = text_model.base_model
     model.lm_head = head
+    if must_widen(head.weight):
+        for base in (tower, text_model):
+            compute_in_fp32(base)
     model.generation_config = GenerationConfig.from_model_config(text_model.config)
     return model
 
@@ -113,14 +120,15 @@ def _load(
     **kwargs: Any,
 ) -> Any:
     try:
-        model, info = auto_class.from_pretrained(
-            str(name),
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **kwargs,
-        )
+        with _quiet_report():
+            model, info = auto_class.from_pretrained(
+                str(name),
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model {name} can't be loaded: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -130,6 +138,17 @@ def _load(
             "it would run with random weights. Is the download complete?"
         )
     return model
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Keep the list of unread tensors (a text tower, a pooling head) from the screen; missing ones are checked here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _first_line(error: Exception) -> str:

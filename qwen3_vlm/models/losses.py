@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .precision import matmul, matmul_transposed, must_widen
+
 IGNORE_INDEX = -100
 CHUNK_BYTES = 128 * 2**20  # of fp32 logits that live at one time
 
@@ -46,9 +48,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
     Returns:
         (S,) losses in nats, fp32, differentiable with respect to `hidden` (and `weight` if it is trainable).
     """
-    hidden = hidden.to(weight.dtype)
     if weight.requires_grad and torch.is_grad_enabled():
-        return chunked_cross_entropy(hidden, lambda chunk: F.linear(chunk, weight), target, weight.shape[0])
+        compute = torch.float32 if must_widen(weight) else weight.dtype
+        head = lambda chunk: F.linear(chunk.to(compute), weight.to(compute))  # noqa: E731
+        return chunked_cross_entropy(hidden, head, target, weight.shape[0])
     return _FrozenHeadCrossEntropy.apply(hidden, weight, target)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -73,14 +76,14 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = F.linear(hidden[rows], weight).float()
+            logits = matmul_transposed(hidden[rows], weight).float()
             log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
             ids = target[rows].unsqueeze(-1)
             losses[rows] = (log_normalizer - logits.gather(-1, ids)).squeeze(-1)
             if gradient is not None:
                 probabilities = logits.sub_(log_normalizer).exp_()
                 probabilities.scatter_add_(-1, ids, -torch.ones_like(ids, dtype=probabilities.dtype))
-                torch.mm(probabilities.to(weight.dtype), weight, out=gradient[rows])
+                gradient[rows] = matmul(probabilities, weight)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses

@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration import Qwen3VLMConfig
 from .losses import chunked_cross_entropy, linear_cross_entropy, supervised_positions
+from .precision import must_widen
 from .projector import MLPProjector
 from .resampler import PerceiverResampler
 
@@ -208,7 +209,10 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
             return inputs_embeds
         is_image = input_ids == self.config.image_token_id  # (B, T)
         # <image_patch> may have no row of its own; its lookup is replaced anyway.
-        text = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        table = self.get_input_embeddings()
+        text = table(input_ids.masked_fill(is_image, 0))
+        if must_widen(table.weight):
+            text = text.float()
         if images is None:
             if input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and bool(is_image.any()):
                 raise ValueError(_count_mismatch(is_image, num_images=0, num_latents=self.config.num_latents))
@@ -337,7 +341,8 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> TokenLosses:
         row, position, target = supervised_positions(labels.to(hidden.device))
         graded = hidden[row, position]  # (S, D)
-        if type(self.lm_head) is nn.Linear and self.lm_head.bias is None and not self._logit_rules():
+        plain = isinstance(self.lm_head, nn.Linear) and self.lm_head.bias is None
+        if plain and not self._logit_rules():
             loss = linear_cross_entropy(graded, self.lm_head.weight, target)
         else:
             loss = chunked_cross_entropy(graded, self._logits, target, self.config.text_config.vocab_size)
@@ -345,7 +350,8 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The head, followed by what the LLM's family does to its logits."""
-        logits = self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        weight = self.lm_head.weight
+        logits = self.lm_head(hidden if must_widen(weight) else hidden.to(weight.dtype))
         for name, value in self._logit_rules().items():
             if name == "final_logit_softcapping":  # Gemma 2
                 logits = torch.tanh(logits / value) * value
