@@ -1,0 +1,1 @@
+"""The embedded default: a small world of drawings, tiny bases, and the guided run on them."""
