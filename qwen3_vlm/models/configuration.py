@@ -1,6 +1,6 @@
 """Qwen3VLMConfig: a language model's config, a vision tower's config and the connector between them."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -36,13 +36,13 @@ class Qwen3VLMConfig(PreTrainedConfig):
     """
 
     model_type = "qwen3_vlm"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
     }
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: Any = None  # a config object, or its dict
+    vision_config: Any = None
     num_latents: int = 64
     latent_dim: int = 512
     depth: int = 2
@@ -58,11 +58,11 @@ class Qwen3VLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         # The top level decides whether head and embedding are one tensor, so the text config's word is copied.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.projector_hidden_size is None:
-            self.projector_hidden_size = 4 * self.text_config.hidden_size  # type: ignore[union-attr]
+            self.projector_hidden_size = 4 * self.text_config.hidden_size
 
 
 __all__ = ["Qwen3VLMConfig"]

@@ -52,7 +52,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
         compute = torch.float32 if must_widen(weight) else weight.dtype
         head = lambda chunk: F.linear(chunk.to(compute), weight.to(compute))  # noqa: E731
         return chunked_cross_entropy(hidden, head, target, weight.shape[0])
-    return _FrozenHeadCrossEntropy.apply(hidden, weight, target)  # type: ignore[no-any-return, no-untyped-call]
+    return _FrozenHeadCrossEntropy.apply(hidden, weight, target)
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], target: Tensor, vocab_size: int) -> Tensor:

@@ -63,7 +63,7 @@ class WidenedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.weight.requires_grad:
             return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-        product: Tensor = _WidenedProduct.apply(input, self.weight)  # type: ignore[no-untyped-call]
+        product: Tensor = _WidenedProduct.apply(input, self.weight)
         return product if self.bias is None else product + self.bias
 
 

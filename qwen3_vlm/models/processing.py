@@ -8,14 +8,14 @@ what is graded comes from the template itself. It knows nothing of models.
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from tokenizers import AddedToken
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.processing_utils import MultiModalData
-from transformers.tokenization_utils_base import AddedToken
 
-IMAGE_TOKEN = "<image_patch>"  # noqa: S105 (a vocabulary entry, no password)
+IMAGE_TOKEN = "<image_patch>"
 
 # Content is a string, or a list of {"type": "image"} and {"type": "text", "text": …} items.
 _CONTENT = (
@@ -64,7 +64,7 @@ class Qwen3VLMProcessor(ProcessorMixin):
         chat_template: Jinja text that marks the assistant's turns with `{% generation %}`.
     """
 
-    attributes = ["image_processor", "tokenizer"]
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
@@ -82,7 +82,8 @@ class Qwen3VLMProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or default_chat_template(tokenizer))
+        template = chat_template or default_chat_template(tokenizer)
+        super().__init__(image_processor, tokenizer, chat_template=template)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_bases(
@@ -145,7 +146,7 @@ class Qwen3VLMProcessor(ProcessorMixin):
 
     def stop_token_ids(self) -> list[int]:
         """Ids that end an answer: the chat's own end mark and the tokenizer's end of text."""
-        ids = [self.tokenizer.convert_tokens_to_ids("<|im_end|>")] if "<|im_end|>" in self.chat_template else []
+        ids = [self.tokenizer.convert_tokens_to_ids("<|im_end|>")] if "<|im_end|>" in str(self.chat_template) else []
         return list(dict.fromkeys([*ids, self.tokenizer.eos_token_id]))
 
     def placeholders(self, input_ids: Sequence[int]) -> int:

@@ -9,14 +9,14 @@ Shapes: B batch, I images in the batch, P patches, N latents, T tokens, S superv
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration import Qwen3VLMConfig
 from .losses import chunked_cross_entropy, linear_cross_entropy, supervised_positions
@@ -60,9 +60,9 @@ class Qwen3VLMPreTrainedModel(PreTrainedModel):
     config_class = Qwen3VLMConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # the library's own models use tuples
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -102,7 +102,7 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
             ff_mult=config.ff_mult,
         )
         self.projector = MLPProjector(
-            config.latent_dim, config.projector_hidden_size, llm_dim, activation=config.projector_hidden_act
+            config.latent_dim, int(config.projector_hidden_size or 0), llm_dim, activation=config.projector_hidden_act
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -144,7 +144,8 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
         """Encode pictures once: `pooler_output` holds one (N, D) entry per image, ready for `mm_encoder_outputs`."""
         patches = self.encode_patches(pixel_values, pixel_attention_mask, spatial_shapes)
         embeddings = self.connect(patches, pixel_attention_mask)
-        outputs = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(embeddings))
+        entries: Any = list(embeddings)  # one per image, as generate() repeats them for beams
+        outputs = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=entries)
         return outputs if return_dict else outputs.to_tuple()
 
     @can_return_tuple
@@ -178,7 +179,7 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
             raise ValueError(f"The pictures are given twice, as {' and as '.join(given)}; give them once.")
         image_embeddings = None
         if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            image_embeddings = torch.stack(list(mm_encoder_outputs["image"].pooler_output))
+            image_embeddings = torch.stack(list(_entries(mm_encoder_outputs["image"])))
         elif patch_embeddings is not None:
             image_embeddings = self.connect(patch_embeddings, pixel_attention_mask)
         elif pixel_values is not None:
@@ -209,7 +210,7 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
             return inputs_embeds
         is_image = input_ids == self.config.image_token_id  # (B, T)
         # <image_patch> may have no row of its own; its lookup is replaced anyway.
-        table = self.get_input_embeddings()
+        table: Any = self.get_input_embeddings()
         text = table(input_ids.masked_fill(is_image, 0))
         if must_widen(table.weight):
             text = text.float()
@@ -232,7 +233,7 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
 class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin):
     """The model with the LLM's own head: it captions, answers and chats about pictures."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: Qwen3VLMConfig) -> None:
         super().__init__(config)
@@ -368,6 +369,10 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
 def _without_cache(kwargs: dict[str, Any], graded: bool) -> dict[str, Any]:
     """A cache is of no use where labels are graded, and packed positions are only recognised without one."""
     return {"use_cache": False, **kwargs} if graded else kwargs
+
+
+def _entries(outputs: BaseModelOutputWithPooling) -> Any:
+    return outputs.pooler_output
 
 
 def _count_mismatch(is_image: Tensor, num_images: int, num_latents: int) -> str:

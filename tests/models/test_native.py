@@ -103,10 +103,13 @@ def test_save_and_load_through_the_auto_classes(vlm: Vlm, tmp_path: Path) -> Non
     assert type(AutoModel.from_pretrained(tmp_path)) is Qwen3VLMModel
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is Qwen3VLMForConditionalGeneration
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     reloaded = AutoProcessor.from_pretrained(tmp_path, backend="pil")
     assert type(reloaded) is Qwen3VLMProcessor
-    assert reloaded.num_image_tokens == 4 and reloaded.chat_template == processor.chat_template
+    assert reloaded.num_image_tokens == 4
+    assert reloaded.chat_template == processor.chat_template
     inputs = inputs_for(processor, chat(2, "describe"))
     again = inputs_for(reloaded, chat(2, "describe"))
     assert torch.equal(inputs["input_ids"], again["input_ids"])
@@ -123,7 +126,8 @@ def test_fresh_weights_are_initialised_when_missing(vlm: Vlm, tmp_path: Path) ->
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = Qwen3VLMForConditionalGeneration.from_pretrained(tmp_path)
     latents = loaded.model.resampler.latents
-    assert latents.isfinite().all() and 0.05 < latents.std() < 0.5
+    assert latents.isfinite().all()
+    assert 0.05 < latents.std() < 0.5
 
 
 def test_pipeline(vlm: Vlm) -> None:
@@ -171,7 +175,8 @@ def test_lora_reaches_the_language_model_alone_and_loads_again(vlm: Vlm, tmp_pat
     plain = model(**inputs).logits
     peft_model = get_peft_model(model, config)
     trainable = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
-    assert trainable and all("language_model" in name and "lora_" in name for name in trainable)
+    assert trainable
+    assert all("language_model" in name and "lora_" in name for name in trainable)
     adapted = peft_model(**inputs).logits
     assert not torch.allclose(plain, adapted)
     peft_model.save_pretrained(tmp_path)

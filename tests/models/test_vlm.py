@@ -135,7 +135,7 @@ def test_a_base_that_lacks_tensors_is_refused(tmp_path: Path, tiny_tower_dir: Pa
     tensors = load_file(llm / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, llm / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lacks 1 tensors.*layers.1.mlp.up_proj"):
+    with pytest.raises(ModelError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
         load_bases(llm, tiny_tower_dir, dtype=torch.float32, **TINY_CONNECTOR)
 
 
