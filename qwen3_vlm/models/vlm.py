@@ -9,7 +9,7 @@ Shapes: B batch, I images in the batch, P patches, N latents, T tokens, S superv
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Qwen3VLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # the library's own models use tuples
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 (the base declares an instance variable)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -233,7 +233,7 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
 class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin):
     """The model with the LLM's own head: it captions, answers and chats about pictures."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: Qwen3VLMConfig) -> None:
         super().__init__(config)
