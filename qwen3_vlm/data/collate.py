@@ -1,4 +1,4 @@
-"""From samples to batches: which samples share a sequence, and the tensors that the model reads.
+"""From samples to batches: the tensors that the model reads, with what they came from.
 
 Packed: several samples stand in one row, positions restart at 0 for each, and there is no attention mask:
 transformers' `create_causal_mask` lets tokens attend within their own run of positions alone. The
@@ -12,111 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from qwen3_vlm.data.encode import IGNORED, ConversationProcessor, Sample, SkippedRecord
 from qwen3_vlm.data.images import load_image
-from qwen3_vlm.errors import DataError
+from qwen3_vlm.data.plan import MicroBatch, Row, fill_rate, plan_epoch
 
 if TYPE_CHECKING:
     from qwen3_vlm.data.features import FeatureCache
-
-WINDOW = 8192  # samples that are packed together; shuffled before, so that packing stays random
-GROUPED_BATCHES = 50  # batches whose samples are sorted by length together when padding
-
-Row = tuple[int, ...]  # record indices that share one sequence
-MicroBatch = tuple[Row, ...]
-
-
-def plan_epoch(
-    lengths: Sequence[int] | npt.NDArray[np.int32],
-    *,
-    batch_size: int,
-    max_seq_len: int,
-    packing: bool,
-    seed: int,
-    epoch: int,
-    indices: Sequence[int] | npt.NDArray[np.int64] | None = None,
-) -> list[MicroBatch]:
-    """Every sample exactly once, in rows of at most `max_seq_len` tokens, `batch_size` rows to a batch.
-
-    A pure function of its arguments: a resumed run and every rank of a distributed one get the same plan. `indices`
-    are the record indices that the lengths belong to; None means 0, 1, ….
-
-    Raises:
-        DataError: a length is not in 1…max_seq_len.
-    """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    names = np.arange(len(sizes)) if indices is None else np.asarray(indices, dtype=np.int64)
-    if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= max_seq_len:
-        raise DataError(f"Lengths {sizes.min()} to {sizes.max()} can't be planned; they must lie in 1…{max_seq_len}.")
-    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    order = generator.permutation(len(sizes))
-    if packing:
-        rows = _packed_rows(sizes, order, max_seq_len)
-        rows = [rows[number] for number in generator.permutation(len(rows))]
-        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    else:
-        batches = _grouped_batches(sizes, order, batch_size)
-        batches = [batches[number] for number in generator.permutation(len(batches))]
-    return [tuple(tuple(int(names[sample]) for sample in row) for row in batch) for batch in batches]
-
-
-def fill_rate(batches: Sequence[MicroBatch], lengths: Sequence[int] | npt.NDArray[np.int32], max_seq_len: int) -> float:
-    """Real tokens ÷ room for tokens, of a plan whose indices count `lengths`."""
-    rows = [row for batch in batches for row in batch]
-    return sum(int(lengths[sample]) for row in rows for sample in row) / max(1, len(rows) * max_seq_len)
-
-
-def _packed_rows(sizes: npt.NDArray[np.int64], order: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    for start in range(0, len(order), WINDOW):
-        window = order[start : start + WINDOW]
-        longest_first = window[np.argsort(-sizes[window], kind="stable")]
-        rows.extend(_best_fit(longest_first.tolist(), sizes[longest_first].tolist(), capacity))
-    return rows
-
-
-def _best_fit(samples: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each sample goes to the fullest row that still has room for it.
-
-    Open rows are kept by the room that they have left, with one bit per amount of room in `open_rooms`: the
-    smallest sufficient room is its lowest set bit at or above the sample's size.
-    """
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    open_rooms = 0
-    for sample, size in zip(samples, sizes, strict=True):
-        sufficient = open_rooms >> size
-        if sufficient:
-            room = size + (sufficient & -sufficient).bit_length() - 1
-            number = by_room[room].pop()
-            if not by_room[room]:
-                open_rooms &= ~(1 << room)
-        else:
-            room, number = capacity, len(rows)
-            rows.append([])
-        rows[number].append(sample)
-        if room - size:
-            by_room[room - size].append(number)
-            open_rooms |= 1 << (room - size)
-    return rows
-
-
-def _grouped_batches(
-    sizes: npt.NDArray[np.int64], order: npt.NDArray[np.int64], batch_size: int
-) -> list[list[list[int]]]:
-    """One sample per row; batches of similar lengths, cut from megabatches of shuffled samples."""
-    batches: list[list[list[int]]] = []
-    for start in range(0, len(order), GROUPED_BATCHES * batch_size):
-        megabatch = order[start : start + GROUPED_BATCHES * batch_size]
-        longest_first = megabatch[np.argsort(-sizes[megabatch], kind="stable")].tolist()
-        firsts = range(0, len(longest_first), batch_size)
-        batches.extend([[sample] for sample in longest_first[first : first + batch_size]] for first in firsts)
-    return batches
+__all__ = ["Batch", "Collator", "LoadedSample", "MicroBatch", "Row", "fill_rate", "plan_epoch"]
 
 
 @dataclass(frozen=True, slots=True)
