@@ -149,8 +149,8 @@ def _grade_batch(model: Any, batch: Batch, max_rows: int | None) -> LossReport:
     refused = sum(count for reason, count in reasons.items() if reason.startswith("truncates"))
     sums, counts = np.zeros(0), np.zeros(0, np.int64)
     if rows:
-        sums, counts = row_losses(model, dict(select(batch.inputs, tuple(batch.inputs), device_of(model))))
-    kept = np.flatnonzero(counts[:rows])
+        sums, counts = row_losses(model, select(batch.inputs, tuple(batch.inputs), device_of(model)))
+    kept = np.flatnonzero(counts[:rows]).tolist()
     return LossReport(
         sample_ids=tuple(batch.sample_ids[row] for row in kept),
         loss_sums=sums[kept],
