@@ -1,7 +1,12 @@
 """Fixtures shared by all tests: tiny bases on disk, the model over them; one thread, no network."""
 
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
