@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from qwen3_vlm.config import EvalConfig
+from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.evaluate.batches import (
     IMAGE_INPUTS,
     TEXT_INPUTS,
-    Batch,
     device_of,
     evaluation_mode,
     num_rows,

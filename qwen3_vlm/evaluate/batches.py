@@ -1,48 +1,19 @@
 """What evaluation needs to know of a batch and of a model; shared by losses, ablation and captions.
 
-`Batch` is what is needed of the collator's batch; here every row holds one sample (`packing` off).
+Batches come from the collator with packing off: every row holds one sample.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.errors import DataError
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")  # (B, T) each
 IMAGE_INPUTS = ("pixel_values", "patch_embeddings", "pixel_attention_mask", "spatial_shapes")  # (I, …) each
-
-
-class SkippedRecord(Protocol):
-    """A record that could not be used."""
-
-    @property
-    def reason(self) -> str: ...
-
-
-class Batch(Protocol):
-    """A padded batch. `inputs` are the model's arguments, empty where every record had to be skipped."""
-
-    @property
-    def inputs(self) -> Mapping[str, Tensor]: ...
-
-    @property
-    def sample_ids(self) -> Sequence[str]: ...  # one per row
-
-    @property
-    def answer_lengths(self) -> Sequence[int]: ...  # tokens, one per row
-
-    @property
-    def image_counts(self) -> Sequence[int]: ...  # one per row
-
-    @property
-    def dropped_turns(self) -> Sequence[int]: ...  # turns left out to fit, one per row
-
-    @property
-    def skipped(self) -> Sequence[SkippedRecord]: ...
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,8 +10,10 @@ from html import escape
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 560, 260
+WIDE, NARROW = 560, 372  # widths in pixels at full size: two or three charts side by side
+_HEIGHTS = {WIDE: 260, NARROW: 208}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
+_ROW = 34  # of an interval chart
 _MAX_POINTS = 400  # per series; more are averaged in runs
 _LOG_RATIO = 20.0  # a series that spans more than this is drawn on a logarithmic axis
 
@@ -53,7 +55,7 @@ class _Axis:
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str) -> Markup:
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str, width: int = WIDE) -> Markup:
     """Lines over a common x axis; empty markup where there is no point to draw."""
     drawn = [Series(s.label, _thin(s.points), s.style, s.dots) for s in series if s.points]
     xs = [x for s in drawn for x, _ in s.points]
@@ -61,28 +63,28 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str)
     if not xs:
         return Markup("")
     log = min(ys) > 0 and max(ys) / min(ys) > _LOG_RATIO
-    x_axis = _Axis(*_padded(min(xs), max(xs), 0.0), _LEFT, WIDTH - _RIGHT)
-    y_axis = _Axis(*(_log_limits(ys) if log else _padded(min(ys), max(ys), 0.06)), HEIGHT - _BOTTOM, _TOP, log)
+    height = _HEIGHTS[width]
+    x_axis = _Axis(*_padded(min(xs), max(xs), 0.0), _LEFT, width - _RIGHT)
+    y_axis = _Axis(*(_log_limits(ys) if log else _padded(min(ys), max(ys), 0.06)), height - _BOTTOM, _TOP, log)
     parts = [_frame(x_axis, y_axis, x_label, y_label + (" (log)" if log else ""))]
     parts += [_line(s, x_axis, y_axis) for s in drawn]
-    return _figure("".join(parts), HEIGHT, title, [(s.label, s.style) for s in drawn])
+    return _figure("".join(parts), width, height, title, [(s.label, s.style) for s in drawn])
 
 
 def interval_chart(bars: Sequence[Bar], x_label: str, title: str, threshold: float | None = None) -> Markup:
     """A dot and its interval per row, over an axis that begins at zero or below."""
     if not bars:
         return Markup("")
-    height = 34 * len(bars) + _BOTTOM + _TOP
-    left = 96
+    width, height, left = NARROW, _ROW * len(bars) + _BOTTOM + _TOP, 76
     ends = [bar.low for bar in bars] + [bar.high for bar in bars] + ([threshold] if threshold is not None else [])
     low, high = _padded(min(0.0, *ends), max(ends), 0.05)
-    axis = _Axis(min(0.0, *ends) if min(ends) >= 0 else low, high, left, WIDTH - _RIGHT - 70)
-    parts = [_x_ticks(axis, height), _x_title(x_label, left, height)]
+    axis = _Axis(min(0.0, *ends) if min(ends) >= 0 else low, high, left, width - _RIGHT - 46)
+    parts = [_x_ticks(axis, height), _x_title(x_label, left, width, height)]
     parts.append(_vertical(axis(0.0), height, "zero", ""))
     if threshold is not None:
         parts.append(_vertical(axis(threshold), height, "threshold", f"threshold {threshold:g}"))
-    parts += [_interval_row(bar, axis, _TOP + 34 * row + 17, left) for row, bar in enumerate(bars)]
-    return _figure("".join(parts), height, title, [])
+    parts += [_interval_row(bar, axis, _TOP + _ROW * row + _ROW // 2, left) for row, bar in enumerate(bars)]
+    return _figure("".join(parts), width, height, title, [])
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -122,27 +124,28 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
     ticks = _log_ticks(y_axis.low, y_axis.high) if y_axis.log else nice_ticks(y_axis.low, y_axis.high)
     lines = "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y_axis(t):.1f}" y2="{y_axis(t):.1f}"/>'
+        f'<line class="grid" x1="{x_axis.start}" x2="{x_axis.stop}" y1="{y_axis(t):.1f}" y2="{y_axis(t):.1f}"/>'
         f'<text class="tick" x="{_LEFT - 8}" y="{y_axis(t) + 4:.1f}" text-anchor="end">{_number(t)}</text>'
         for t in ticks
     )
-    middle = (_TOP + HEIGHT - _BOTTOM) / 2
+    middle, height = (y_axis.start + y_axis.stop) / 2, y_axis.start + _BOTTOM
     label = (
         f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
         f"{escape(y_label)}</text>"
     )
-    return lines + label + _x_ticks(x_axis, HEIGHT) + _x_title(x_label, _LEFT, HEIGHT)
+    return lines + label + _x_ticks(x_axis, height) + _x_title(x_label, _LEFT, x_axis.stop + _RIGHT, height)
 
 
 def _x_ticks(axis: _Axis, height: float) -> str:
+    count = 5 if axis.stop > NARROW else 4
     return "".join(
         f'<text class="tick" x="{axis(t):.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{_number(t)}</text>'
-        for t in nice_ticks(axis.low, axis.high)
+        for t in nice_ticks(axis.low, axis.high, count)
     )
 
 
-def _x_title(label: str, left: float, height: float) -> str:
-    middle = (left + WIDTH - _RIGHT) / 2
+def _x_title(label: str, left: float, width: float, height: float) -> str:
+    middle = (left + width - _RIGHT) / 2
     return f'<text class="axis" x="{middle}" y="{height - 6}" text-anchor="middle">{escape(label)}</text>'
 
 
@@ -176,11 +179,11 @@ def _interval_row(bar: Bar, axis: _Axis, y: float, left: float) -> str:
     )
 
 
-def _figure(body: str, height: float, title: str, legend: list[tuple[str, int]]) -> Markup:
+def _figure(body: str, width: float, height: float, title: str, legend: list[tuple[str, int]]) -> Markup:
     keys = "".join(f'<span><i class="s{style}"></i>{escape(label)}</span>' for label, style in legend)
     return Markup(
         f'<figure class="chart"><figcaption>{escape(title)}<span class="legend">{keys}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{body}</svg></figure>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{body}</svg></figure>'
     )
 
 

@@ -7,7 +7,6 @@ stratified by answer length, and its ids are kept in `golden/ids.json`. Each che
 """
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ from PIL import Image
 
 from qwen3_vlm.data.images import load_image
 from qwen3_vlm.data.records import IMAGE_MARK, Record
+from qwen3_vlm.data.splits import bucket_of, pick_stratified
 from qwen3_vlm.errors import DataError, ImageError
 from qwen3_vlm.evaluate.captioning import Request, generate_answers
-from qwen3_vlm.evaluate.metrics import BUCKET_NAMES
 from qwen3_vlm.storage import atomic_write_json, atomic_write_text, read_json
 
 GOLDEN_IDS_FILE = "ids.json"
@@ -101,15 +100,11 @@ def choose_golden(
     first = {name: position for position, name in reversed(list(enumerate(sample_ids)))}
     if path is not None and Path(path).exists():
         return _persisted_choice(Path(path), first)
-    ranked = sorted(first, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    buckets: list[list[str]] = [[] for _ in BUCKET_NAMES]
-    for name in ranked:
-        buckets[_bucket_number(answer_lengths[first[name]])].append(name)
-    shares = _shares([len(bucket) for bucket in buckets], count)
-    chosen = [name for bucket, share in zip(buckets, shares, strict=True) for name in bucket[:share]]
+    positions = pick_stratified(sorted(first.values()), sample_ids, answer_lengths, count, seed, balanced=True)
+    positions.sort(key=lambda position: bucket_of(answer_lengths[position]))
     if path is not None:
-        atomic_write_json(path, {"format": 1, "seed": seed, "ids": chosen})
-    return [first[name] for name in chosen]
+        atomic_write_json(path, {"format": 1, "seed": seed, "ids": [sample_ids[position] for position in positions]})
+    return positions
 
 
 def dump_golden(
@@ -211,22 +206,6 @@ def _persisted_choice(path: Path, first: dict[str, int]) -> list[int]:
             "Give the data that the run was started with, or remove the file to choose anew."
         )
     return [first[name] for name in chosen]
-
-
-def _bucket_number(length: int) -> int:
-    for number, (low, high) in enumerate(BUCKET_NAMES.values()):
-        if low <= length and (high is None or length <= high):
-            return number
-    raise ValueError(f"an answer can't have {length} tokens")
-
-
-def _shares(sizes: Sequence[int], count: int) -> list[int]:
-    """Split `count` as evenly as the sizes allow; what one bucket lacks the others give."""
-    shares = [0] * len(sizes)
-    for _ in range(min(count, sum(sizes))):
-        open_buckets = [number for number, size in enumerate(sizes) if shares[number] < size]
-        shares[min(open_buckets, key=lambda number: shares[number])] += 1
-    return shares
 
 
 def _load_requests(

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qwen3_vlm.evaluate.batches import Batch, device_of, evaluation_mode, num_rows, select
+from qwen3_vlm.data.collate import Batch
+from qwen3_vlm.data.splits import BUCKET_NAMES, bucket_of
+from qwen3_vlm.evaluate.batches import device_of, evaluation_mode, num_rows, select
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio
 
-BUCKET_NAMES = {"le10": (0, 10), "11_20": (11, 20), "ge21": (21, None)}  # answer length in tokens, inclusive
 _PERCENTILES = (50, 90, 99)
 
 
@@ -106,10 +107,8 @@ class LossReport:
         )
 
     def _buckets(self) -> dict[str, NDArray[np.bool_]]:
-        return {
-            name: (self.answer_lengths >= low) & (self.answer_lengths <= (np.inf if high is None else high))
-            for name, (low, high) in BUCKET_NAMES.items()
-        }
+        numbers = np.array([bucket_of(int(length)) for length in self.answer_lengths], dtype=np.int64)
+        return {name: numbers == number for number, name in enumerate(BUCKET_NAMES)}
 
 
 def evaluate_loss(model: Any, batches: Iterable[Batch], *, max_samples: int | None = None) -> LossReport:

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from qwen3_vlm.evaluate.ablation import CONDITIONS, MIN_SAMPLES
 from qwen3_vlm.evaluate.caption_scores import score_captions
-from qwen3_vlm.evaluate.charts import Bar, Series, interval_chart, line_chart
+from qwen3_vlm.evaluate.charts import NARROW, Bar, Series, interval_chart, line_chart
 from qwen3_vlm.evaluate.golden import GoldenItem
 from qwen3_vlm.evaluate.run_files import Line, RunFiles, is_number, is_picture, read_run
 from qwen3_vlm.storage import atomic_write_text
@@ -62,7 +62,8 @@ def render_report(run: RunFiles) -> str:
         run=run,
         verdict=verdict_of(run, gates),
         tiles=_tiles(run, gates),
-        charts=_charts(run),
+        loss_charts=_loss_charts(run),
+        cost_charts=_cost_charts(run),
         gates=gates,
         gate_chart=_gate_chart(gates),
         condition_chart=_condition_chart(run),
@@ -137,7 +138,7 @@ def _rich_cell(value: Mapping[str, Any]) -> Markup:
     numbers = [value.get("percent" if share else "value"), value.get("low"), value.get("high")]
     texts = [_figure_text(number, share) for number in numbers]
     if is_number(numbers[1]) and is_number(numbers[2]):
-        return Markup('{} <span class="range">{} … {}</span>').format(*texts)
+        return Markup('{} <span class="range">{} … {}</span>').format(texts[0], texts[1].removesuffix(" %"), texts[2])
     return escape(texts[0])
 
 
@@ -193,30 +194,36 @@ def _tiles(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> list[tuple[str,
     return tiles
 
 
-def _charts(run: RunFiles) -> list[Markup]:
-    train = run.of_kind("train")
-    evaluations = run.of_kind(*EVALUATIONS)
+def _loss_charts(run: RunFiles) -> list[Markup]:
+    quick, full = run.of_kind("quick_eval"), run.of_kind("eval", "final")
     loss = [
-        Series("training", _points(train, "loss"), 3),
-        Series("evaluation", _points(evaluations, "loss"), 0, dots=True),
+        Series("training", _points(run.of_kind("train"), "loss"), 3),
+        Series("quick evaluation", _points(quick, "loss"), 0, dots=True),
+        Series("full evaluation", _points(full, "loss"), 1, dots=True),
     ]
+    longest = quick if len(quick) > len(full) else full  # not both: they are different sets
     buckets = [
-        Series(label, _points(evaluations, key), style, dots=True)
-        for style, (key, label) in enumerate(
-            {"loss_le10": "≤ 10 tokens", "loss_11_20": "11–20", "loss_ge21": "≥ 21"}.items()
-        )
+        Series(label, _points(longest, f"loss_{key}"), style, dots=True)
+        for style, (key, label) in enumerate({"le10": "≤ 10 tokens", "11_20": "11–20", "ge21": "≥ 21"}.items())
     ]
     charts = [
         line_chart(loss, "optimizer step", "nats per token", "Loss"),
         line_chart(buckets, "optimizer step", "nats per token", "Evaluation loss by answer length"),
     ]
-    for key, label, title in (
-        ("learning_rate", "learning rate", "Learning rate"),
-        ("grad_norm", "norm", "Gradient norm before clipping"),
-        ("tokens_per_second", "tokens / s", "Throughput, real tokens"),
-        ("peak_memory_mib", "MiB", "Peak memory"),
-    ):
-        charts.append(line_chart([Series(title, _points(train, key), 0)], "optimizer step", label, title))
+    return [chart for chart in charts if chart]
+
+
+def _cost_charts(run: RunFiles) -> list[Markup]:
+    train = run.of_kind("train")
+    charts = [
+        line_chart([Series(title, _points(train, key), 0)], "optimizer step", label, title, NARROW)
+        for key, label, title in (
+            ("tokens_per_second", "tokens / s", "Throughput, real tokens"),
+            ("peak_memory_mib", "MiB", "Peak memory"),
+            ("learning_rate", "learning rate", "Learning rate"),
+            ("grad_norm", "norm", "Gradient norm before clipping"),
+        )
+    ]
     return [chart for chart in charts if chart]
 
 
@@ -224,7 +231,7 @@ def _gate_chart(gates: Sequence[Mapping[str, Any]]) -> Markup:
     bars = [Bar(gate["name"].removesuffix(" − correct"), gate["value"], gate["low"], gate["high"], gate["passed"])
             for gate in gates if all(is_number(gate[key]) for key in ("value", "low", "high"))]  # fmt: skip
     thresholds = {gate["threshold"] for gate in gates if is_number(gate["threshold"])}
-    title = "What is lost with other pictures: loss − loss(correct)"
+    title = "Gap: loss − loss(correct)"
     return interval_chart(bars, "nats per token", title, thresholds.pop() if len(thresholds) == 1 else None)
 
 
@@ -241,7 +248,7 @@ def _gap_history(run: RunFiles) -> Markup:
     if len(lines) < 2:
         return Markup("")
     series = [Series(name, _points(lines, f"gap_{name}"), style, dots=True) for style, name in enumerate(_GATE_KEYS)]
-    return line_chart(series, "optimizer step", "nats per token", "Gaps while training")
+    return line_chart(series, "optimizer step", "nats per token", "Gaps while training", NARROW)
 
 
 def _golden_view(run: RunFiles) -> dict[str, Any]:
@@ -251,7 +258,7 @@ def _golden_view(run: RunFiles) -> dict[str, Any]:
     step, items = list(run.golden.items())[-1]
     answered = [item for item in items if not item.error]
     exact = [(float(number), float(sum(item.exact for item in dump))) for number, dump in run.golden.items()]
-    chart = line_chart([Series("exact", exact, 0, dots=True)], "optimizer step", "answers", "Golden answers exact")
+    chart = line_chart([Series("exact", exact, 0, dots=True)], "optimizer step", "answers", "Exact answers", NARROW)
     return {
         "step": step,
         "scores": score_captions([item.prediction for item in answered], [item.reference for item in answered]),
