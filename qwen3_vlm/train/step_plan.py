@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qwen3_vlm.config import RunConfig
-from qwen3_vlm.data.collate import MicroBatch, plan_epoch
+from qwen3_vlm.data.plan import MicroBatch, plan_epoch
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,165 @@
+"""From the data section of a config to training batches, evaluation batches and golden records."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen3_vlm.config import DataConfig, RunConfig
+from qwen3_vlm.data.captions import Records, open_records
+from qwen3_vlm.data.collate import Batch, Collator
+from qwen3_vlm.data.encode import LengthTable, SampleEncoder, SkippedRecord, lengths
+from qwen3_vlm.data.features import FeatureCache
+from qwen3_vlm.data.loader import batch_loader
+from qwen3_vlm.data.plan import MicroBatch
+from qwen3_vlm.data.records import ImageRef
+from qwen3_vlm.data.splits import load_split, pick_stratified, save_split, split_table
+from qwen3_vlm.errors import DataError
+from qwen3_vlm.fingerprint import fingerprint_dataset
+from qwen3_vlm.models.processing import Qwen3VLMProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One side of the split: records, their lengths, and which of them belong to it."""
+
+    records: Records
+    table: LengthTable
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def tokens(self) -> list[int]:
+        """Token count of each sample, in the order of `indices`."""
+        return [int(self.table.tokens[index]) for index in self.indices]
+
+    def with_pictures(self) -> list[int]:
+        """The indices whose samples have pictures."""
+        return [index for index in self.indices if self.table.images[index]]
+
+    def pick(self, indices: Sequence[int], count: int, seed: int) -> list[int]:
+        """A deterministic stratified subset of `indices`."""
+        answer_lengths = [int(number) for number in self.table.answer_tokens]
+        return pick_stratified(indices, self.table.ids, answer_lengths, min(count, len(indices)), seed)
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """The data of a run, opened."""
+
+    config: DataConfig
+    encoder: SampleEncoder
+    train: Part
+    eval: Part
+    fingerprint: str
+    train_collator: Collator
+    eval_collator: Collator
+
+    def unusable(self) -> list[SkippedRecord]:
+        """Training records that were found bad while measuring lengths."""
+        return [skipped for _, skipped in sorted(self.train.table.reasons.items())]
+
+    def train_batches(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Batch]:
+        """These micro-batches, in order, read by worker processes."""
+        return _quiet_iterator(self.train.records, self.encoder, self.train_collator, micro_batches, self.config)
+
+    def eval_batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        """Padded batches, one sample a row, of these evaluation records."""
+        starts = range(0, len(indices), batch_size)
+        rows = [tuple((index,) for index in indices[start : start + batch_size]) for start in starts]
+        return _quiet_iterator(self.eval.records, self.encoder, self.eval_collator, rows, self.config)
+
+
+def open_data(
+    config: RunConfig,
+    processor: Qwen3VLMProcessor,
+    folder: Path,
+    *,
+    open_features: Callable[[Iterable[ImageRef]], FeatureCache] | None = None,
+    cache_dir: Path | None = None,
+    progress: bool = False,
+) -> DataSource:
+    """Open the records, measure them (cached in `cache_dir`), split them, and keep the split in `folder`.
+
+    `open_features` gets all pictures and returns the cache of their tower outputs.
+
+    Raises:
+        DataError: files that can't be used, too many bad records, or nothing left to train on.
+    """
+    data = config.data
+    if not data.train:
+        raise DataError("The config names no training data: set data.train to a file, folder or glob.")
+    encoder = SampleEncoder(processor, data.max_seq_len)
+
+    def measure(paths: Sequence[str]) -> tuple[Records, LengthTable]:
+        records = open_records(paths, data.image_root, cache_dir)
+        return records, lengths(records, encoder, cache_dir, data.num_workers, progress)
+
+    records, table = measure(data.train)
+    _check_bad_fraction(len(table.reasons), len(table), data, table.counts())
+    if data.eval:
+        eval_records, eval_table = measure(data.eval)
+        train = Part(records, table, tuple(int(index) for index in table.usable))
+        held_out = Part(eval_records, eval_table, tuple(int(index) for index in eval_table.usable))
+        parts = [("train", records.fingerprint), ("eval", eval_records.fingerprint)]
+    else:
+        train, held_out = _split(records, table, config, folder)
+        parts = [("train", records.fingerprint)]
+    if not train.indices:
+        raise DataError(f"No usable record is left to train on in {', '.join(data.train)} ({table.counts()}).")
+
+    features = open_features(_pictures(train, held_out)) if open_features else None
+
+    def collator(packing: bool) -> Collator:
+        return Collator(processor, packing=packing, max_image_pixels=data.max_image_pixels, features=features)
+
+    return DataSource(
+        data, encoder, train, held_out, fingerprint_dataset(parts), collator(data.packing), collator(False)
+    )
+
+
+def empty_micro_batch() -> dict[str, Tensor]:
+    """Two tokens and no label: what a rank works on when the data of a step has run out."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    return {"input_ids": ids, "position_ids": torch.arange(2).unsqueeze(0), "labels": torch.full_like(ids, -100)}
+
+
+def _pictures(*parts: Part) -> Iterator[ImageRef]:
+    for part in parts:
+        for index in part.with_pictures():
+            yield from part.records[index].images
+
+
+def _split(records: Records, table: LengthTable, config: RunConfig, folder: Path) -> tuple[Part, Part]:
+    """Split the records, or read the split that a run in this folder already made."""
+    path = folder / "split.json"
+    if path.exists():
+        split = load_split(path, table.ids)
+    else:
+        split = split_table(table, config.data.eval_fraction, config.data.eval_max, config.seed)
+        save_split(path, split, table.ids, table.answer_tokens)
+    sides = (split.train_indices, split.eval_indices)
+    train, held_out = (Part(records, table, tuple(int(index) for index in side)) for side in sides)
+    return train, held_out
+
+
+def _check_bad_fraction(bad: int, seen: int, config: DataConfig, reasons: Mapping[str, int]) -> None:
+    if bad > config.max_bad_fraction * seen:
+        raise DataError(
+            f"{bad:,} of {seen:,} records can't be used ({', '.join(f'{n} {name}' for name, n in reasons.items())}), "
+            f"more than data.max_bad_fraction {config.max_bad_fraction:g}. `qwen3-vlm data doctor` lists them all."
+        )
+
+
+def _quiet_iterator(
+    records: Records, encoder: SampleEncoder, collator: Collator, rows: Sequence[MicroBatch], config: DataConfig
+) -> Iterator[Batch]:
+    """A loader's iterator; making one draws from torch's generator, which a resumed run must not notice."""
+    state = torch.get_rng_state()
+    loader: Iterable[Batch] = batch_loader(records, encoder, collator, rows, config.num_workers)
+    iterator = iter(loader)
+    torch.set_rng_state(state)
+    return iterator

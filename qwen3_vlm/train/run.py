@@ -1,0 +1,311 @@
+"""A run: its parts, how each of them is built, and what it leaves on disk.
+
+output_dir/
+  config.yaml  environment.json  split.json  metrics.jsonl  skipped.jsonl  tensorboard/  cache/
+  checkpoints/step-000200/   golden/step-000200.jsonl   connector/   report.html   result.json
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from torch import Tensor
+
+from qwen3_vlm.config import ModelConfig, RunConfig, dump_yaml, to_dict
+from qwen3_vlm.data.features import FeatureCache, feature_fingerprint
+from qwen3_vlm.data.records import ImageRef
+from qwen3_vlm.errors import StorageError
+from qwen3_vlm.evaluate.environment import describe_environment
+from qwen3_vlm.evaluate.report import write_report
+from qwen3_vlm.models.bases import load_bases
+from qwen3_vlm.models.precision import bf16_is_fast
+from qwen3_vlm.models.processing import Qwen3VLMProcessor
+from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
+from qwen3_vlm.storage import atomic_write_json, atomic_write_text, remove_leftovers, storage_error
+from qwen3_vlm.train.add_ons import save_connector, write_connector
+from qwen3_vlm.train.checkpoint import (
+    Checkpoints,
+    SavedState,
+    optimizer_tensors,
+    restore_rng,
+    rng_state,
+    run_identity,
+    whole,
+)
+from qwen3_vlm.train.data_source import DataSource
+from qwen3_vlm.train.evaluations import Evaluations, evidence
+from qwen3_vlm.train.run_log import RunLog
+from qwen3_vlm.train.stages import Stage, trainable_parameters
+from qwen3_vlm.train.step_plan import StepPlan
+
+LONGEST_WAIT = timedelta(hours=3)  # of the other ranks while one decodes or builds a cache
+
+
+@dataclass
+class Run:
+    """A run that goes on. `wrapped` is what Accelerate made of `model` (DDP, FSDP), or `model` itself."""
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    stage: Stage
+    model: Qwen3VLMForConditionalGeneration
+    wrapped: Any
+    optimizer: Any
+    bases: dict[str, Any]
+    data: DataSource
+    plan: StepPlan
+    checkpoints: Checkpoints
+    evaluations: Evaluations
+    log: RunLog
+    step: int = 0
+    counters: dict[str, float] = field(default_factory=dict)  # of the whole run, and `window_…` since the last log line
+    last_eval: dict[str, Any] = field(default_factory=dict)
+    evaluated: bool = True  # whether the evaluations that are due at `step` have been done
+    audited: bool = False  # whether gradients were seen to reach what the stage trains
+    clock: float = field(default_factory=time.monotonic)
+
+
+def make_accelerator(config: RunConfig) -> tuple[Accelerator, str | None]:
+    """Accelerate's handle on the ranks, and a remark if bf16 autocast was asked for where it does not pay."""
+    arguments = InitProcessGroupKwargs(timeout=LONGEST_WAIT).to_kwargs()
+    device = PartialState(**arguments).device
+    wanted = config.optim.mixed_precision
+    precision = "bf16" if wanted == "bf16" and bf16_is_fast(device) else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # an earlier run in this process used another precision
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
+    remark = f"No bf16 autocast: this {device.type} has no fast bf16 arithmetic." if precision != wanted else None
+    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers), remark
+
+
+def open_folder(config: RunConfig, accelerator: Accelerator) -> Path:
+    """The run folder, with the resolved config and the environment in it; an old run steps aside if not resumed.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    folder = Path(config.output_dir)
+    if accelerator.is_main_process:
+        try:
+            if not config.resume and (folder / "checkpoints").exists():
+                number = next(
+                    number for number in range(1, 10**6) if not folder.with_name(f"{folder.name}.{number}").exists()
+                )
+                folder.rename(folder.with_name(f"{folder.name}.{number}"))
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise storage_error(problem, folder) or StorageError(f"{folder} can't be made: {problem}.") from problem
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(old)
+
+
+def describe_run(run: Run) -> None:
+    """config.yaml and environment.json."""
+    if run.accelerator.is_main_process:
+        atomic_write_text(run.folder / "config.yaml", dump_yaml(run.config))
+        atomic_write_json(run.folder / "environment.json", describe_environment())
+
+
+def build_model(config: ModelConfig, seed: int) -> tuple[Qwen3VLMForConditionalGeneration, Qwen3VLMProcessor]:
+    """Both bases and a fresh connector; the same on every rank."""
+    torch.manual_seed(seed)
+    model, processor = load_bases(
+        config.llm,
+        config.vision_tower,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        num_latents=config.num_latents,
+        latent_dim=config.latent_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        ff_mult=config.ff_mult,
+        projector_hidden_size=config.projector_hidden_size,
+        vision_ln=config.vision_ln,
+        initializer_range=config.initializer_range,
+    )
+    if config.gradient_checkpointing:
+        llm: Any = model.model.language_model
+        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+        enable()
+    return model, processor
+
+
+def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW over what the stage trains."""
+    optim = config.optim
+    return torch.optim.AdamW(
+        list(trainable_parameters(model).values()),
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+
+def feature_cache(
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: Qwen3VLMForConditionalGeneration,
+    processor: Qwen3VLMProcessor,
+    bases: Mapping[str, Any],
+    refs: Iterable[ImageRef],
+) -> FeatureCache:
+    """The tower's outputs for these pictures on disk; the main process makes what is not there yet."""
+    tower: Any = model.model.vision_tower
+    tower.to(accelerator.device)
+    parts = (bases["vision_tower"]["fingerprint"]["sha256"], str(bases["image_processor"]), str(tower.dtype))
+    folder, fingerprint = str(config.data.feature_cache), feature_fingerprint(*parts)
+
+    def encode(**pixels: Tensor) -> Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            patches = model.encode_patches(**{name: value.to(accelerator.device) for name, value in pixels.items()})
+        return patches.to(tower.dtype)
+
+    if accelerator.is_main_process:
+        report = FeatureCache(folder, fingerprint).build(
+            refs,
+            processor.pixel_values,
+            encode,
+            max_pixels=config.data.max_image_pixels,
+            num_workers=config.data.num_workers,
+        )
+        print(f"feature cache: {report.encoded:,} pictures encoded, {report.already:,} already there", flush=True)
+    accelerator.wait_for_everyone()
+    return FeatureCache(folder, fingerprint)
+
+
+def adopt_state(run: Run, saved: SavedState) -> None:
+    """Take position, counters and random states from a checkpoint."""
+    values = saved.values
+    run.step = saved.step
+    run.counters = dict(values["counters"])
+    run.last_eval = dict(values["last_eval"])
+    run.evaluated, run.audited = bool(values["evaluated"]), bool(values["audited"])
+    ranks = values["rng"]
+    if run.accelerator.process_index < len(ranks):
+        restore_rng(ranks[run.accelerator.process_index])
+
+
+def save_checkpoint(run: Run) -> None:
+    """Everything that the next step depends on, written by the main process; collective.
+
+    Raises:
+        StorageError: the disk is full or can't be written; earlier checkpoints are untouched.
+    """
+    rng = gather_object([rng_state()]) if run.accelerator.num_processes > 1 else [rng_state()]
+    connector, moments = connector_tensors(run), optimizer_tensors(run.model, run.optimizer)
+    values = {
+        "identity": run_identity(to_dict(run.config), run.accelerator.num_processes, run.data.fingerprint),
+        "logs": run.log.sizes(),
+        "counters": run.counters,
+        "last_eval": run.last_eval,
+        "evaluated": run.evaluated,
+        "audited": run.audited,
+        "rng": rng,
+    }
+    figures = evidence(run.step, loss=run.last_eval)
+
+    def fill(folder: Path) -> None:
+        write_connector(folder, run.model, run.bases, tensors=connector, evidence=figures, details=details(run))
+
+    if run.accelerator.is_main_process:
+        run.checkpoints.save(run.step, values, moments, fill)
+    run.accelerator.wait_for_everyone()
+    run.clock = time.monotonic()
+
+
+def write_results(run: Run, loss: dict[str, Any], ablation: dict[str, Any], golden: dict[str, Any]) -> dict[str, Any]:
+    """connector/, the final line of metrics.jsonl, result.json and report.html; returns the evidence. Collective."""
+    figures = evidence(run.step, loss=loss, ablation=ablation, golden=golden)
+    tensors = connector_tensors(run)
+    if run.accelerator.is_main_process:
+        folder = run.folder / "connector"
+        save_connector(folder, run.model, run.bases, tensors=tensors, evidence=figures, details=details(run))
+        sizes = [sum(p.numel() for p in group) for group in (tensors.values(), run.model.parameters())]
+        final = {
+            "loss": loss.get("loss"),
+            "trainable_parameters": sizes[0],
+            "total_parameters": sizes[1],
+            "seconds": run.counters.get("seconds"),
+            "peak_memory_mib": peak_memory_mib(run.accelerator.device),
+            "connector_bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        }
+        run.log.write("final", run.step, final)
+        atomic_write_json(
+            run.folder / "result.json",
+            {"step": run.step, "eval": loss, "evidence": figures, "config": to_dict(run.config)},
+        )
+        run.log.say(f"The connector is in {folder}; the report is {write_report(run.folder)}.")
+    run.accelerator.wait_for_everyone()
+    return figures
+
+
+def connector_tensors(run: Run) -> dict[str, Tensor]:
+    """What the stage trains, whole tensors on the CPU; collective under FSDP."""
+    return {name: whole(parameter) for name, parameter in trainable_parameters(run.model).items()}
+
+
+def details(run: Run) -> dict[str, Any]:
+    """The keys of connector.json that tell where the connector comes from."""
+    samples = {"train_samples": len(run.data.train), "eval_samples": len(run.data.eval)}
+    return {
+        "stage": run.config.stage,
+        "step": run.step,
+        "seed": run.config.seed,
+        "dtype": run.config.model.dtype,
+        "data": {"fingerprint": run.data.fingerprint, **samples},
+        "versions": describe_environment()["packages"],
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Highest memory use of this process so far: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def judged_bad(skipped: int, seen: int, planned: int, allowed: float, settle: int = 1_000) -> bool:
+    """Whether too many of the records are bad: of those seen, or of the first `settle` (all, if fewer) meanwhile."""
+    return skipped > allowed * max(seen, min(planned, settle))
+
+
+__all__: Sequence[str] = (
+    "Run",
+    "adopt_state",
+    "build_model",
+    "connector_tensors",
+    "describe_run",
+    "details",
+    "feature_cache",
+    "judged_bad",
+    "make_accelerator",
+    "make_optimizer",
+    "open_folder",
+    "peak_memory_mib",
+    "save_checkpoint",
+    "write_results",
+)
