@@ -274,7 +274,7 @@ def _save_table(path: Path, table: LengthTable) -> None:
 def _load_table(path: Path, count: int) -> LengthTable | None:
     """The cached table, or None where there is none that can be read."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             numbers = np.asarray(arrays["numbers"], dtype=np.int32)
             words = json.loads(arrays["words"].tobytes())
         reasons = {item["index"]: SkippedRecord(**item) for item in words["reasons"]}

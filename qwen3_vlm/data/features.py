@@ -107,7 +107,7 @@ class FeatureCache:
                 skipped += loaded.skipped
                 fresh = {key: picture for key, picture in loaded.pictures.items() if key not in self.rows}
                 if fresh:
-                    self._append(list(fresh), _encode(list(fresh.values()), pixel_values, encode))
+                    self._append(list(fresh), encode_pictures(list(fresh.values()), pixel_values, encode))
         encoded = len(self) - before
         return BuildReport(encoded, len(places) - encoded - len(skipped), skipped)
 
@@ -251,7 +251,12 @@ def _batches(
 
 
 @torch.no_grad()
-def _encode(pictures: list[Image.Image], pixel_values: Pixels, encode: Encode) -> Tensor:
+def encode_pictures(pictures: list[Image.Image], pixel_values: Pixels, encode: Encode) -> Tensor:
+    """Tower outputs (I, P, D) of pictures.
+
+    Raises:
+        DataError: the tower takes more than pixel values (NaFlex), which is not cached.
+    """
     inputs = dict(pixel_values(pictures))
     if set(inputs) != {"pixel_values"}:
         raise DataError("Only towers with one fixed resolution can be cached; leave data.feature_cache empty.")

@@ -44,7 +44,10 @@ def load_image(source: Path | bytes | BinaryIO, *, max_pixels: int, name: str) -
     if len(data) > MAX_IMAGE_BYTES:
         raise _too_large(name, f"it has {len(data):,} bytes; at most {MAX_IMAGE_BYTES:,} are read")
     try:
-        return _decode(data, max_pixels, name)
+        with warnings.catch_warnings():
+            # About damaged metadata, and about sizes: our own limit is checked before any pixel is unpacked.
+            warnings.simplefilter("ignore")
+            return _decode(data, max_pixels, name)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -58,19 +61,15 @@ def _decode(data: bytes, max_pixels: int, name: str) -> Image.Image:
         width, height = image.size
         if width * height > max_pixels:
             raise _too_large(name, f"{width} × {height} pixels; at most {max_pixels:,} in all are read")
-        orientation = _orientation(image)
         image.load()
+        orientation = _orientation(image)  # read after loading: a TIFF is turned, and says so, by then
         upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
         return to_rgb(upright)
 
 
 def _open(data: bytes) -> Image.Image:
     Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]
-    with warnings.catch_warnings():
-        # Our own limit is checked right after the header is read, before any pixel is unpacked.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data), formats=known)
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _orientation(image: Image.Image) -> int:

@@ -114,6 +114,7 @@ def _array_spans(file: BinaryIO, begin: int, digest: Any, path: Path) -> Iterato
     text.skip_whitespace()
     text.expect("[")
     if text.peek() == "]":
+        text.expect("]")
         return text.finish()
     while True:
         yield text.element()

@@ -182,7 +182,7 @@ def _check_end(file: BinaryIO, offset: int, path: Path) -> None:
 def _load_index(path: Path) -> TarIndex | None:
     """A cached index, or None where there is none that can be read."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return TarIndex(arrays["spans"], arrays["first"], arrays["names"].tobytes(), arrays["name_ends"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
