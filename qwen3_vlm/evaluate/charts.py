@@ -10,8 +10,7 @@ from html import escape
 
 from markupsafe import Markup
 
-WIDE, NARROW = 560, 372  # widths in pixels at full size: two or three charts side by side
-_HEIGHTS = {WIDE: 260, NARROW: 208}
+WIDTH, HEIGHT = 372, 208  # pixels at full size: three charts side by side
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
 _ROW = 34  # of an interval chart
 _MAX_POINTS = 400  # per series; more are averaged in runs
@@ -55,7 +54,7 @@ class _Axis:
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str, width: int = WIDE) -> Markup:
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str) -> Markup:
     """Lines over a common x axis; empty markup where there is no point to draw."""
     drawn = [Series(s.label, _thin(s.points), s.style, s.dots) for s in series if s.points]
     xs = [x for s in drawn for x, _ in s.points]
@@ -63,28 +62,27 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str,
     if not xs:
         return Markup("")
     log = min(ys) > 0 and max(ys) / min(ys) > _LOG_RATIO
-    height = _HEIGHTS[width]
-    x_axis = _Axis(*_padded(min(xs), max(xs), 0.0), _LEFT, width - _RIGHT)
-    y_axis = _Axis(*(_log_limits(ys) if log else _padded(min(ys), max(ys), 0.06)), height - _BOTTOM, _TOP, log)
+    x_axis = _Axis(*_padded(min(xs), max(xs), 0.0), _LEFT, WIDTH - _RIGHT)
+    y_axis = _Axis(*(_log_limits(ys) if log else _padded(min(ys), max(ys), 0.06)), HEIGHT - _BOTTOM, _TOP, log)
     parts = [_frame(x_axis, y_axis, x_label, y_label + (" (log)" if log else ""))]
     parts += [_line(s, x_axis, y_axis) for s in drawn]
-    return _figure("".join(parts), width, height, title, [(s.label, s.style) for s in drawn])
+    return _figure("".join(parts), HEIGHT, title, [(s.label, s.style) for s in drawn])
 
 
 def interval_chart(bars: Sequence[Bar], x_label: str, title: str, threshold: float | None = None) -> Markup:
     """A dot and its interval per row, over an axis that begins at zero or below."""
     if not bars:
         return Markup("")
-    width, height, left = NARROW, _ROW * len(bars) + _BOTTOM + _TOP, 76
+    height, left = _ROW * len(bars) + _BOTTOM + _TOP, 76
     ends = [bar.low for bar in bars] + [bar.high for bar in bars] + ([threshold] if threshold is not None else [])
     low, high = _padded(min(0.0, *ends), max(ends), 0.05)
-    axis = _Axis(min(0.0, *ends) if min(ends) >= 0 else low, high, left, width - _RIGHT - 46)
-    parts = [_x_ticks(axis, height), _x_title(x_label, left, width, height)]
+    axis = _Axis(min(0.0, *ends) if min(ends) >= 0 else low, high, left, WIDTH - _RIGHT - 46)
+    parts = [_x_ticks(axis, height), _x_title(x_label, left, height)]
     parts.append(_vertical(axis(0.0), height, "zero", ""))
     if threshold is not None:
         parts.append(_vertical(axis(threshold), height, "threshold", f"threshold {threshold:g}"))
     parts += [_interval_row(bar, axis, _TOP + _ROW * row + _ROW // 2, left) for row, bar in enumerate(bars)]
-    return _figure("".join(parts), width, height, title, [])
+    return _figure("".join(parts), height, title, [])
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -104,11 +102,9 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    if low == high:
-        margin = abs(low) * 0.1 or 1.0
-        return low - margin, high + margin
-    margin = (high - low) * share
-    return low - margin, high + margin
+    """Limits a little wider than the data; quantities that are never negative do not get a negative axis."""
+    margin = (high - low) * share if high > low else abs(low) * 0.1 or 1.0
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
 
 
 def _log_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -133,19 +129,18 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> str:
         f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
         f"{escape(y_label)}</text>"
     )
-    return lines + label + _x_ticks(x_axis, height) + _x_title(x_label, _LEFT, x_axis.stop + _RIGHT, height)
+    return lines + label + _x_ticks(x_axis, height) + _x_title(x_label, _LEFT, height)
 
 
 def _x_ticks(axis: _Axis, height: float) -> str:
-    count = 5 if axis.stop > NARROW else 4
     return "".join(
         f'<text class="tick" x="{axis(t):.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{_number(t)}</text>'
-        for t in nice_ticks(axis.low, axis.high, count)
+        for t in nice_ticks(axis.low, axis.high, 4)
     )
 
 
-def _x_title(label: str, left: float, width: float, height: float) -> str:
-    middle = (left + width - _RIGHT) / 2
+def _x_title(label: str, left: float, height: float) -> str:
+    middle = (left + WIDTH - _RIGHT) / 2
     return f'<text class="axis" x="{middle}" y="{height - 6}" text-anchor="middle">{escape(label)}</text>'
 
 
@@ -179,11 +174,11 @@ def _interval_row(bar: Bar, axis: _Axis, y: float, left: float) -> str:
     )
 
 
-def _figure(body: str, width: float, height: float, title: str, legend: list[tuple[str, int]]) -> Markup:
+def _figure(body: str, height: float, title: str, legend: list[tuple[str, int]]) -> Markup:
     keys = "".join(f'<span><i class="s{style}"></i>{escape(label)}</span>' for label, style in legend)
     return Markup(
         f'<figure class="chart"><figcaption>{escape(title)}<span class="legend">{keys}</span></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{body}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{body}</svg></figure>'
     )
 
 

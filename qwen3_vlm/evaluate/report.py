@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from qwen3_vlm.evaluate.ablation import CONDITIONS, MIN_SAMPLES
 from qwen3_vlm.evaluate.caption_scores import score_captions
-from qwen3_vlm.evaluate.charts import NARROW, Bar, Series, interval_chart, line_chart
+from qwen3_vlm.evaluate.charts import Bar, Series, interval_chart, line_chart
 from qwen3_vlm.evaluate.golden import GoldenItem
 from qwen3_vlm.evaluate.run_files import Line, RunFiles, is_number, is_picture, read_run
 from qwen3_vlm.storage import atomic_write_text
@@ -206,9 +206,11 @@ def _loss_charts(run: RunFiles) -> list[Markup]:
         Series(label, _points(longest, f"loss_{key}"), style, dots=True)
         for style, (key, label) in enumerate({"le10": "≤ 10 tokens", "11_20": "11–20", "ge21": "≥ 21"}.items())
     ]
+    exact = [(float(step), float(sum(item.exact for item in items))) for step, items in run.golden.items()]
     charts = [
         line_chart(loss, "optimizer step", "nats per token", "Loss"),
         line_chart(buckets, "optimizer step", "nats per token", "Evaluation loss by answer length"),
+        line_chart([Series("exact", exact, 0, dots=True)], "optimizer step", "answers", "Golden answers exact"),
     ]
     return [chart for chart in charts if chart]
 
@@ -216,12 +218,12 @@ def _loss_charts(run: RunFiles) -> list[Markup]:
 def _cost_charts(run: RunFiles) -> list[Markup]:
     train = run.of_kind("train")
     charts = [
-        line_chart([Series(title, _points(train, key), 0)], "optimizer step", label, title, NARROW)
-        for key, label, title in (
-            ("tokens_per_second", "tokens / s", "Throughput, real tokens"),
-            ("peak_memory_mib", "MiB", "Peak memory"),
-            ("learning_rate", "learning rate", "Learning rate"),
-            ("grad_norm", "norm", "Gradient norm before clipping"),
+        line_chart([Series(title, _points(train, key), 0)], "optimizer step", "", title)
+        for key, title in (
+            ("tokens_per_second", "Real tokens / s"),
+            ("peak_memory_mib", "Peak memory, MiB"),
+            ("learning_rate", "Learning rate"),
+            ("grad_norm", "Gradient norm, unclipped"),
         )
     ]
     return [chart for chart in charts if chart]
@@ -248,21 +250,18 @@ def _gap_history(run: RunFiles) -> Markup:
     if len(lines) < 2:
         return Markup("")
     series = [Series(name, _points(lines, f"gap_{name}"), style, dots=True) for style, name in enumerate(_GATE_KEYS)]
-    return line_chart(series, "optimizer step", "nats per token", "Gaps while training", NARROW)
+    return line_chart(series, "optimizer step", "nats per token", "Gaps while training")
 
 
 def _golden_view(run: RunFiles) -> dict[str, Any]:
-    """The newest dump's cards and the exact matches of every dump."""
+    """The newest dump's scores and cards."""
     if not run.golden:
         return {}
     step, items = list(run.golden.items())[-1]
     answered = [item for item in items if not item.error]
-    exact = [(float(number), float(sum(item.exact for item in dump))) for number, dump in run.golden.items()]
-    chart = line_chart([Series("exact", exact, 0, dots=True)], "optimizer step", "answers", "Exact answers", NARROW)
     return {
         "step": step,
         "scores": score_captions([item.prediction for item in answered], [item.reference for item in answered]),
-        "chart": chart if len(exact) > 1 else "",
         "cards": [_card(run, item, step) for item in items],
     }
 
