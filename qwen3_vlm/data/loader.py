@@ -7,6 +7,7 @@ share. A record that turns out bad is left out of its batch and listed there wit
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwen3_vlm.data.captions import Records
@@ -53,7 +54,8 @@ def batch_loader(
     """A loader that yields one Batch per micro-batch, in the given order whatever `num_workers` is."""
     dataset = BatchDataset(records, encoder, collator, batches)
     workers = min(num_workers, len(batches))
-    return DataLoader(dataset, batch_size=None, collate_fn=_unchanged, num_workers=workers)
+    generator = torch.Generator()  # its own: making an iterator draws from it, and a resumed run must not notice
+    return DataLoader(dataset, batch_size=None, collate_fn=_unchanged, num_workers=workers, generator=generator)
 
 
 def _unchanged(batch: Any) -> Any:

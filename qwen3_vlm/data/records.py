@@ -57,17 +57,26 @@ class ImageRef:
         """The same for two references to the same place."""
         return self.path, self.offset
 
+    def check_present(self) -> None:
+        """Look whether the file is there, without reading it.
+
+        Raises:
+            ImageError: `missing_image`, or `unreadable_image` for what is no regular file.
+        """
+        if os.path.isfile(self.path):
+            return
+        if os.path.exists(self.path):
+            raise ImageError(f"The picture {self.name} is not a regular file.", "unreadable_image")
+        raise ImageError(f"The picture {self.name} does not exist.", "missing_image")
+
     def read_bytes(self) -> bytes:
         """The encoded picture.
 
         Raises:
             ImageError: `missing_image`, `unreadable_image` (not a regular file, cut off) or `image_too_large`.
         """
+        self.check_present()
         try:
-            if not os.path.isfile(self.path):
-                reason = "unreadable_image" if os.path.exists(self.path) else "missing_image"
-                problem = "is not a regular file" if os.path.exists(self.path) else "does not exist"
-                raise ImageError(f"The picture {self.name} {problem}.", reason)
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
                 data = file.read(MAX_IMAGE_BYTES + 1 if self.size is None else min(self.size, MAX_IMAGE_BYTES + 1))
