@@ -18,14 +18,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwen3_vlm.errors import AddOnError, BaseMismatchError, ModelError, Qwen3VLMError, TamperedFileError
+from qwen3_vlm.errors import AddOnError, GateError, ModelError, StorageError, TamperedFileError
 from qwen3_vlm.fingerprint import fingerprint_file, fingerprint_text, resolve_folder
 from qwen3_vlm.models.bases import load_bases
 from qwen3_vlm.models.configuration import CONNECTOR_FIELDS
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
+from qwen3_vlm.models.projector import MLPProjector
+from qwen3_vlm.models.resampler import PerceiverResampler
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 from qwen3_vlm.storage import atomic_directory, atomic_file, atomic_write_json, read_json
-from qwen3_vlm.train.identity import base_differences, base_folder, describe_bases, file_differences
+from qwen3_vlm.train.identity import base_differences, base_folder, describe_bases, file_differences, refuse_differences
 
 FORMAT = 1
 TENSORS, INFO, EVIDENCE = "connector.safetensors", "connector.json", "evidence.json"
@@ -45,18 +47,19 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `qwen3-vlm verify` prints; it passes when nothing failed."""
+    """What `qwen3-vlm verify` prints."""
 
     directory: Path
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
+        """Nothing failed; what could not be checked does not count."""
         return all(check.passed is not False for check in self.checks)
 
-    def to_text(self) -> str:
-        marks = {True: "ok    ", False: "FAILED", None: "—     "}
-        return "\n".join(f"{marks[check.passed]} {check.name}: {check.detail}" for check in self.checks)
+    def __str__(self) -> str:
+        marks = {True: "ok     ", False: "FAILED ", None: "–      "}
+        return "\n".join(f"{marks[check.passed]}{check.name}: {check.detail}" for check in self.checks)
 
 
 def save_connector(
@@ -170,7 +173,7 @@ def load_connector(
         for name, value in expected.items()
         if info["connector"].get(name) != value
     ]
-    _refuse(directory, lines + (base_differences(info, bases) if bases is not None else []))
+    refuse_differences(directory, lines + (base_differences(info, bases) if bases is not None else []))
     tensors = read_tensors(directory, info)
     parameters = model.connector_parameters()
     findings = _tensor_findings(tensors, parameters)
@@ -208,7 +211,7 @@ def load_vlm(
     sources = {"llm": llm or info["llm"]["id"], "vision_tower": vision_tower or info["vision_tower"]["id"]}
     for name, source in sources.items():
         sources[name] = base_folder(source, name, folder)
-    _refuse(folder, file_differences(info, sources, trust_remote_code))
+    refuse_differences(folder, file_differences(info, sources, trust_remote_code))
     model, processor = load_bases(
         sources["llm"],
         sources["vision_tower"],
@@ -233,52 +236,114 @@ def verify_connector(
     llm: str | Path | None = None,
     vision_tower: str | Path | None = None,
     *,
+    gates: bool = False,
     trust_remote_code: bool = False,
 ) -> VerifyReport:
-    """Check a connector directory's files, tensors, bases and recorded gates; nothing is loaded into a model.
+    """Check a connector directory's files, tensors and bases; no base is loaded.
 
     Bases that connector.json names but that are not at hand are reported as not checked; bases that
-    are given must be found.
+    are given must be found. With `gates`, every gate of evidence.json must have passed.
+
+    Raises:
+        AddOnError, TamperedFileError: its files or tensors are not what they should be.
+        BaseMismatchError: a base is not the one it was trained on.
+        GateError: `gates` are asked for, and one failed or none was run.
     """
-    folder = Path(directory)
-    try:
-        info = read_info(folder)
-        tensors = read_tensors(folder, info)
-    except Qwen3VLMError as problem:
-        return VerifyReport(folder, (Check("files", False, str(problem)),))
-    checks = [Check("files", True, f"{TENSORS} has the {info['files'][TENSORS]['bytes']:,} bytes that were written")]
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    folder = resolve_folder(directory, what="connector", patterns=("connector.*", EVIDENCE))
+    info = read_info(folder)
+    tensors = read_tensors(folder, info)
+    findings = _tensor_findings(tensors, _expected_tensors(folder, info))
+    if findings:
+        raise AddOnError(f"{folder / TENSORS} is not the connector that {INFO} describes:\n  " + "\n  ".join(findings))
     count = sum(tensor.numel() for tensor in tensors.values())
-    checks.append(
-        Check("tensors", not bad, f"{count:,} parameters" + (f"; not finite: {', '.join(bad)}" if bad else ""))
-    )
+    checks = [
+        Check("files", True, f"{TENSORS} has the {info['files'][TENSORS]['bytes']:,} bytes that were written"),
+        Check("tensors", True, f"{len(tensors)} tensors, {count:,} parameters, all finite"),
+    ]
     for section, given in (("llm", llm), ("vision_tower", vision_tower)):
         checks.append(_verify_base(section, given, info, folder, trust_remote_code))
-    return VerifyReport(folder, (*checks, *_gate_checks(folder)))
+    found = _recorded_gates(folder)
+    bad = [f"{check.name} ({check.detail})" for check in found if not check.passed]
+    if gates and bad:
+        raise GateError(f"{folder / EVIDENCE} does not show that every gate passed: {'; '.join(bad)}.")
+    return VerifyReport(folder, (*checks, *found))
+
+
+def export_vlm(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    llm: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """Write bases and connector as one Hugging Face folder, and return a sentence that says so.
+
+    Raises:
+        StorageError: the disk is full or can't be written, or `out` is a folder with other files in it.
+        AddOnError, ModelError: see `load_vlm`.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} already exists and is not empty; choose another name for the export.")
+    model, processor = load_vlm(directory, llm, vision_tower, trust_remote_code=trust_remote_code)
+    with atomic_directory(target) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    size = sum(path.stat().st_size for path in target.rglob("*"))
+    return (
+        f"Wrote {target} ({size / 1e6:,.0f} MB). Load it with AutoModelForImageTextToText.from_pretrained and "
+        "AutoProcessor.from_pretrained, trust_remote_code=True where qwen3-vlm is not installed."
+    )
 
 
 def _verify_base(section: str, given: str | Path | None, info: Mapping[str, Any], folder: Path, trust: bool) -> Check:
     name = section.replace("_", " ")
     source = given or info[section]["id"]
     try:
-        lines = file_differences(info, {section: base_folder(source, section, folder)}, trust)
-    except Qwen3VLMError as problem:
-        return Check(name, None if given is None else False, str(problem))
-    return Check(name, not lines, f"{source} is the one it was trained on" if not lines else "; ".join(lines))
+        found = base_folder(source, section, folder)
+    except ModelError as problem:
+        if given is not None:
+            raise
+        return Check(name, None, str(problem))
+    refuse_differences(folder, file_differences(info, {section: found}, trust))
+    return Check(name, True, f"{source} is the one it was trained on")
 
 
-def _gate_checks(folder: Path) -> list[Check]:
+def _recorded_gates(folder: Path) -> list[Check]:
+    """The gates of evidence.json as they came out; one unpassed line where there are none."""
+    gates = read_json(folder / EVIDENCE, error=AddOnError).get("gates")
     try:
-        gates = read_json(folder / EVIDENCE, error=AddOnError).get("gates") or []
         lines = [
-            Check(f"gate {gate['name']}", bool(gate["passed"]), f"{gate['value']} (at least {gate['threshold']})")
-            for gate in gates
+            Check(f"gate {gate['name']}", bool(gate["passed"]), f"{gate['value']}, needed {gate['threshold']}")
+            for gate in gates or []
         ]
-    except AddOnError as problem:
-        return [Check("gates", False, str(problem))]
-    except (KeyError, TypeError, AttributeError):
-        return [Check("gates", False, f"{folder / EVIDENCE} does not hold a list of gates")]
-    return lines or [Check("gates", None, "no gate was run on this checkpoint")]
+    except (KeyError, TypeError) as problem:
+        raise AddOnError(f"{folder / EVIDENCE} does not hold a list of gates; run the evaluation again.") from problem
+    return lines or [Check("gates", None, "none was run on this checkpoint")]
+
+
+def _expected_tensors(folder: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names and shapes that the sizes in connector.json call for, on the meta device."""
+    sizes = info["connector"]
+    try:
+        with torch.device("meta"):
+            resampler = PerceiverResampler(
+                sizes["vision_width"],
+                **{name: sizes[name] for name in CONNECTOR_FIELDS[:6]},
+            )
+            projector = MLPProjector(
+                sizes["latent_dim"],
+                sizes["projector_hidden_size"],
+                sizes["llm_width"],
+                activation=sizes["projector_hidden_act"],
+            )
+            parts = {"resampler": resampler, "projector": projector}
+            if sizes["vision_ln"]:
+                parts["vision_ln"] = torch.nn.LayerNorm(sizes["vision_width"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as problem:
+        raise AddOnError(f"The sizes in {folder / INFO} do not describe a connector ({problem}).") from problem
+    return dict(torch.nn.ModuleDict(parts).named_parameters())
 
 
 def _check_bytes(path: Path, written: Mapping[str, Any]) -> None:
@@ -310,11 +375,6 @@ def _tensor_findings(tensors: Mapping[str, Tensor], parameters: Mapping[str, Ten
         elif not bool(torch.isfinite(tensor).all()):
             lines.append(f"{name} holds values that are not finite")
     return lines
-
-
-def _refuse(directory: str | Path, lines: list[str]) -> None:
-    if lines:
-        raise BaseMismatchError(f"The connector {directory} was made for other bases:\n  " + "\n  ".join(lines))
 
 
 def _widths(model: Qwen3VLMForConditionalGeneration) -> dict[str, Any]:

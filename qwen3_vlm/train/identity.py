@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen3_vlm.errors import ModelError
+from qwen3_vlm.errors import BaseMismatchError, ModelError
 from qwen3_vlm.fingerprint import (
     Fingerprint,
     differences,
@@ -61,6 +61,16 @@ def describe_bases(
         "chat_template": {"text": template, "sha256": fingerprint_text(str(template))},
         "image_processor": _image_settings(processor),
     }
+
+
+def refuse_differences(directory: str | Path, lines: list[str]) -> None:
+    """Do nothing if there are no lines.
+
+    Raises:
+        BaseMismatchError: there are.
+    """
+    if lines:
+        raise BaseMismatchError(f"The connector {directory} was made for other bases:\n  " + "\n  ".join(lines))
 
 
 def base_differences(info: Mapping[str, Any], bases: Mapping[str, Any]) -> list[str]:

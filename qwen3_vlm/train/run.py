@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
 from qwen3_vlm.config import ModelConfig, RunConfig, dump_yaml, to_dict
@@ -75,15 +75,15 @@ class Run:
 
 def make_accelerator(config: RunConfig) -> tuple[Accelerator, str | None]:
     """Accelerate's handle on the ranks, and a remark if bf16 autocast was asked for where it does not pay."""
-    arguments = InitProcessGroupKwargs(timeout=LONGEST_WAIT).to_kwargs()
-    device = PartialState(**arguments).device
+    on_cpu = not torch.accelerator.is_available()  # Accelerate must be told, or ranks on a CPU do not find each other
+    device = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT).device
     wanted = config.optim.mixed_precision
     precision = "bf16" if wanted == "bf16" and bf16_is_fast(device) else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # an earlier run in this process used another precision
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)]
+    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     remark = f"No bf16 autocast: this {device.type} has no fast bf16 arithmetic." if precision != wanted else None
-    return Accelerator(mixed_precision=precision, kwargs_handlers=handlers), remark
+    return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers), remark
 
 
 def open_folder(config: RunConfig, accelerator: Accelerator) -> Path:

@@ -73,8 +73,10 @@ class StepTotals:
     stop: bool
 
 
-def train(config: RunConfig) -> TrainResult:
+def train(config: RunConfig, *, cache_dir: Path | None = None) -> TrainResult:
     """Train what `config.stage` declares and write the run folder `config.output_dir`.
+
+    `cache_dir` keeps record lengths between runs over the same data; None means `cache/` in the run folder.
 
     SIGTERM or SIGINT lets the current step end, saves and returns; the same call goes on from there.
 
@@ -83,7 +85,7 @@ def train(config: RunConfig) -> TrainResult:
             sentence that says what to do.
     """
     with StopSignals() as signals:
-        run = start_run(config)
+        run = start_run(config, cache_dir)
         try:
             finished = _train_steps(run, signals) and _finish(run, signals)
             if finished:
@@ -94,7 +96,7 @@ def train(config: RunConfig) -> TrainResult:
             run.log.close()
 
 
-def start_run(config: RunConfig) -> Run:
+def start_run(config: RunConfig, cache_dir: Path | None = None) -> Run:
     """Everything that a run needs, from its newest checkpoint on if there is one."""
     accelerator, remark = make_accelerator(config)
     folder = open_folder(config, accelerator)
@@ -116,7 +118,7 @@ def start_run(config: RunConfig) -> Run:
             processor,
             folder,
             open_features=features if config.data.feature_cache else None,
-            cache_dir=folder / "cache",
+            cache_dir=cache_dir or folder / "cache",
             progress=accelerator.is_main_process and sys.stderr.isatty(),
         )
     ranks, rank = accelerator.num_processes, accelerator.process_index
