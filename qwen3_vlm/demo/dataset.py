@@ -3,7 +3,8 @@
     DIR/images/train/000000.png …     DIR/train.json             scenes without any held-out pair
     DIR/images/unseen/…               DIR/heldout_unseen.json    scenes with at least one held-out pair
     DIR/images/seen/…                 DIR/heldout_seen.json      new scenes of pairs that training knows
-    DIR/images/drawings/…             DIR/drawings.json          every named drawing as it is
+    DIR/images/plain/…                DIR/heldout_plain.json     each object's drawing as it is, on white
+    DIR/images/drawings/…             DIR/drawings.json          every named drawing as it is (if asked for)
 
 Everything follows from the seed. The drawings are OpenMoji's (CC BY-SA 4.0); DIR/ATTRIBUTION.txt says so.
 """
@@ -19,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from qwen3_vlm.demo.drawings import Pixels, compose, drawing_is_held_out, named_drawings, plain_drawing
-from qwen3_vlm.demo.world import PROMPTS, UNSEEN_MIX, Scene, scenes
+from qwen3_vlm.demo.world import NAMES, PROMPTS, UNSEEN_MIX, Scene, plain_scene, scenes
 from qwen3_vlm.storage import atomic_directory
 
 NAME_PROMPT = "Name the drawing."
@@ -51,6 +52,7 @@ def build(folder: Path, sizes: DemoSizes | None = None, seed: int = 0) -> Path:
             "train": ("train.json", scenes(f"train-{seed}"), sizes.train),
             "unseen": ("heldout_unseen.json", scenes(f"unseen-{seed}", unseen=True), sizes.unseen),
             "seen": ("heldout_seen.json", scenes(f"seen-{seed}", mix=UNSEEN_MIX), sizes.seen),
+            "plain": ("heldout_plain.json", map(plain_scene, NAMES), len(NAMES)),
         }
         for part, (name, stream, count) in parts.items():
             _write_part(temporary, part, name, _scene_pictures(islice(stream, count), rng))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qwen3_vlm.demo.world import BACKGROUNDS, CANVAS, OBJECTS, SIZES, Scene, Thing
+from qwen3_vlm.demo.world import BACKGROUNDS, CANVAS, OBJECTS, SIZES, WHOLE, Scene, Thing
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 CENTRES = {"left": 16, "top": 16, "middle": 32, "right": 48, "bottom": 48}
@@ -41,8 +41,9 @@ def sprite(name: str, size: int) -> NDArray[np.float32]:
 
 def place(thing: Thing, rng: random.Random) -> tuple[int, int, int]:
     """Pixel (left, top, size): inside its cell, with as much wobble as the cell leaves."""
-    size = rng.randint(*SIZES[thing.size])
-    wobble = min((CANVAS // 2 - size) // 2, 6)
+    size = rng.randint(*SIZES.get(thing.size, WHOLE))
+    room = CANVAS - size if thing.size == "whole" else CANVAS // 2 - size
+    wobble = min(room // 2, 6)
     left = CENTRES[thing.column] - size // 2 + rng.randint(-wobble, wobble)
     top = CENTRES[thing.row] - size // 2 + rng.randint(-wobble, wobble)
     return left, top, size

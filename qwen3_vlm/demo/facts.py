@@ -17,14 +17,14 @@ from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio, wilson_inter
 KINDS = ("object", "size", "place", "background")
 _SINGULAR = {form: name for name in NAMES for form in (name, plural(name))}
 _COUNTS = {"a": 1} | {word: count for count, word in COUNT_WORDS.items()}
-_MENTION = re.compile(rf"\b({'|'.join(_COUNTS)}) ({'|'.join(SIZE_WORDS)}) ({'|'.join(_SINGULAR)})\b")
+_MENTION = re.compile(rf"\b({'|'.join(_COUNTS)}) (?:({'|'.join(SIZE_WORDS)}) )?({'|'.join(_SINGULAR)})\b")
 _PLACE = re.compile(r"in the middle|at the (?:top|bottom) (?:left|right)|(?:left|right) of|above|below")
 _BACKGROUND = re.compile(rf"on a ({'|'.join(BACKGROUND_WORDS)}) background")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption claims; `mentions` are (count, size, name)."""
+    """What a caption claims; `mentions` are (count, size or "", name)."""
 
     mentions: tuple[tuple[int, str, str], ...]
     places: tuple[str, ...]
@@ -35,7 +35,7 @@ class Facts:
         if kind == "object":
             return tuple((count, name) for count, _, name in self.mentions)
         if kind == "size":
-            return tuple(size for _, size, _ in self.mentions)
+            return tuple(size for _, size, _ in self.mentions if size)
         return self.places if kind == "place" else (self.background,)
 
 

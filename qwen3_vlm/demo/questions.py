@@ -13,13 +13,14 @@ def question_and_answer(scene: Scene, rng: random.Random) -> tuple[str, str]:
     choices = [
         ("what colour is the background", scene.background),
         ("how many objects are there", COUNTS[len(scene.things)]),
-        (f"how big is the {asked.name}", asked.size),
         (f"is there a {asked.name}", "yes"),
     ]
     absent = rng.choice(NAMES)
     if all(thing.name != absent for thing in scene.things):
         choices.append((f"is there a {absent}", "no"))
-    if scene.layout in ("row", "column", "corner"):
+    if scene.layout != "plain":
+        choices.append((f"how big is the {asked.name}", asked.size))
+    if len(scene.things) > 1 and scene.layout != "group":
         choices += 2 * [_neighbour(scene.things)]
     return rng.choice(choices)
 
@@ -27,10 +28,8 @@ def question_and_answer(scene: Scene, rng: random.Random) -> tuple[str, str]:
 def _neighbour(things: tuple[Thing, ...]) -> tuple[str, str]:
     """`what is left of the dog` → `a small cat`."""
     first, second = things[:2]
-    if first.column != second.column:
-        side = "left" if first.column == "left" else "right"
-        return f"what is {side} of the {second.name}", phrase(first)
-    return f"what is above the {second.name}", phrase(first)
+    where = "left of" if first.row == second.row else "above"
+    return f"what is {where} the {second.name}", phrase(first)
 
 
 def fact_list(scene: Scene, rng: random.Random) -> str:

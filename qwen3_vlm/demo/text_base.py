@@ -21,16 +21,17 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from qwen3_vlm.demo.drawings import drawing_is_held_out, named_drawings
 from qwen3_vlm.demo.questions import fact_list, question_and_answer
-from qwen3_vlm.demo.world import NAMES, PROMPTS, Scene, plural, scenes
+from qwen3_vlm.demo.world import NAMES, PROMPTS, Scene, Thing, plural, scenes
 
 END, START, PAD = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
-NAME_PROMPT = "name the drawing"
+NAME_PROMPT = "Name the drawing."
 EMBEDDING_ROWS = 1536  # more than the tokenizer's ids, as in the real Qwen3: spare rows for placeholders
 TOKENIZER_IDS = 1500
 QWEN_SPLIT = (  # Qwen2's own pre-tokenizer pattern
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MAX_REGIONS, MAX_KEYWORDS = 3, 10
+NAME_WEIGHT = 3  # of the tokens of an answer, those that only the picture can tell
 
 
 def base_config() -> Qwen3Config:
@@ -45,7 +46,7 @@ def base_config() -> Qwen3Config:
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        initializer_range=0.04,
+        initializer_range=0.08,
     )
 
 
@@ -93,9 +94,15 @@ class Sample:
     everywhere: list[str] = field(default_factory=list)  # keywords of all slots: the background
 
 
+def _keywords_of(thing: Thing) -> list[str]:
+    if thing.size == "whole":
+        return [thing.name, "drawing"]
+    return [thing.name, thing.size, thing.column, thing.row]
+
+
 def scene_sample(scene: Scene, rng: random.Random) -> Sample:
     """A scene as keyword slots: describe it, or answer a question about it."""
-    regions = [[thing.name, thing.size, thing.column, thing.row] for thing in scene.things]
+    regions = [_keywords_of(thing) for thing in scene.things]
     question, answer = rng.choice(PROMPTS), scene.caption()
     if rng.random() < 0.12:
         question, answer = question_and_answer(scene, rng)
@@ -123,7 +130,7 @@ def samples(seed: str) -> Iterator[Sample]:
     rng, stream = random.Random(seed), scenes(seed)
     names = [name for code, name in named_drawings().items() if not drawing_is_held_out(code, name)]
     while True:
-        yield drawing_sample(rng.choice(names), rng) if rng.random() < 0.1 else scene_sample(next(stream), rng)
+        yield drawing_sample(rng.choice(names), rng) if rng.random() < 0.03 else scene_sample(next(stream), rng)
 
 
 def text_samples(seed: str) -> Iterator[Sample]:
@@ -145,6 +152,10 @@ class Encoder:
         if text not in self._cache:
             self._cache[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self._cache[text]
+
+    def name_ids(self) -> Tensor:
+        """Ids of the objects' names, one and many."""
+        return torch.tensor([self.ids(f" {form}")[0] for name in NAMES for form in (name, plural(name))])
 
     def prompt(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Ids before and after the slots."""
@@ -177,56 +188,58 @@ class Encoder:
         return out
 
 
-def keyword_slots(embedding: Tensor, regions: Tensor, everywhere: Tensor, slots: int) -> Tensor:
+def keyword_slots(embedding: Tensor, regions: Tensor, everywhere: Tensor, slots: int, roughness: float) -> Tensor:
     """Rough, superposed keyword sums: what a half-trained connector might put at the image's place.
 
     Each slot is a mixture of the regions and of emptiness, from sharp (one region per slot) to flat (all
     in each), with every keyword at a gain of its own, a weaker wrong word here and there, a common
-    offset, noise and a scale. (B, R, K), (B, K) → (B, N, D).
+    offset, noise and a scale. `roughness` 0 leaves clean sums, which is where training starts: the
+    habit of copying a word from a slot forms there first. (B, R, K), (B, K) → (B, N, D).
     """
-    batch, count, _ = regions.shape
-    unit = embedding.detach().std()
-    noise = (
-        embedding.detach()[torch.randint(3, TOKENIZER_IDS, regions.shape)]
-        * (torch.rand(regions.shape) < 0.1)[..., None]
-    )
-    gain = (0.5 + torch.rand(regions.shape)) * (regions >= 0)
-    content = (embedding[regions.clamp(min=0)] * gain[..., None]).sum(2)  # (B, R, D)
-    content = content + 0.5 * (noise * torch.rand(regions.shape)[..., None]).sum(2)
-    weights = _mixture(batch, slots, (regions >= 0).any(-1))  # (B, N, R)
-    bag = (embedding[everywhere.clamp(min=0)] * (everywhere >= 0)[..., None]).sum(1)  # (B, D)
-    mixed = weights @ content + bag[:, None] * torch.rand(batch, slots, 1) * 1.5 * (torch.rand(batch, slots, 1) < 0.7)
-    mixed = mixed + bag[:, None] * 0.3
-    level = torch.rand(batch, 1, 1) ** 2 * 1.5
-    mixed = mixed + unit * level * torch.randn_like(mixed)
-    offset = unit * torch.rand(batch, 1, 1) ** 2 * 2 * torch.randn(batch, 1, mixed.shape[-1])
-    return (mixed + offset) * torch.exp(torch.randn(batch, 1, 1) * 0.5)
+    batch, _, _ = regions.shape
+    words = F.normalize(embedding, dim=-1)
+    wrong = words.detach()[torch.randint(3, TOKENIZER_IDS, regions.shape)]
+    wrong_gain = torch.rand(regions.shape) * (torch.rand(regions.shape) < 0.1) * 0.5 * roughness
+    gain = (1 + roughness * (torch.rand(regions.shape) - 0.5)) * (regions >= 0)
+    content = (words[regions.clamp(min=0)] * gain[..., None] + wrong * wrong_gain[..., None]).sum(2)  # (B, R, D)
+    mixed = _mixture(batch, slots, (regions >= 0).any(-1), roughness) @ content
+    bag = (words[everywhere.clamp(min=0)] * (everywhere >= 0)[..., None]).sum(1)  # (B, D)
+    mixed = mixed + bag[:, None] * (1 - roughness * torch.rand(batch, slots, 1))
+    unit = words.shape[-1] ** -0.5
+    noise = roughness * 1.5 * torch.rand(batch, 1, 1) ** 2 * torch.randn_like(mixed)
+    offset = roughness * 2 * torch.rand(batch, 1, 1) ** 2 * torch.randn(batch, 1, mixed.shape[-1])
+    return (mixed + unit * (noise + offset)) * torch.exp(roughness * 0.4 * torch.randn(batch, 1, 1))
 
 
-def _mixture(batch: int, slots: int, present: Tensor) -> Tensor:
+def _mixture(batch: int, slots: int, present: Tensor, roughness: float) -> Tensor:
     """(B, N, R) weights: each region leads at least one slot; the other slots follow any region or none."""
     regions = present.shape[1]
     leader = torch.randint(0, regions + 1, (batch, slots))  # the last one = empty
     order = torch.rand(batch, slots).argsort(-1)
-    first = torch.arange(regions).expand(batch, regions)
-    leader = torch.scatter(leader, 1, order[:, :regions], first)
-    sharpness = torch.rand(batch, 1, 1) ** 0.5 * 6
+    leader = torch.scatter(leader, 1, order[:, :regions], torch.arange(regions).expand(batch, regions))
+    sharpness = 8 - roughness * 7 * torch.rand(batch, 1, 1)
+    wobble = roughness * torch.rand(batch, 1, 1) * torch.randn(batch, slots, regions + 1)
     allowed = torch.cat([present, torch.ones(batch, 1, dtype=torch.bool)], 1)[:, None]
-    logits = sharpness * F.one_hot(leader, regions + 1) + torch.randn(batch, slots, regions + 1) * torch.rand(
-        batch, 1, 1
-    )
+    logits = sharpness * F.one_hot(leader, regions + 1) + wobble
     return logits.masked_fill(~allowed, -torch.inf).softmax(-1)[..., :regions]
 
 
-def loss_of(model: Qwen3ForCausalLM, batch: dict[str, Tensor], slots: int) -> tuple[Tensor, float]:
-    """Mean loss over the answers' tokens, and the share of them that is right."""
+def loss_of(
+    model: Qwen3ForCausalLM, batch: dict[str, Tensor], slots: int, roughness: float, names: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss over the answers' tokens with the objects' names counted `NAME_WEIGHT` times; plain figures beside it."""
     embedding = model.get_input_embeddings().weight
     inputs = F.embedding(batch["input_ids"], embedding)
     if slots:
-        vectors = keyword_slots(embedding, batch["regions"], batch["everywhere"], slots)
+        vectors = keyword_slots(embedding, batch["regions"], batch["everywhere"], slots, roughness)
         inputs = torch.cat([inputs[:, :3], vectors, inputs[:, 3 + slots :]], 1)
-    hidden = model.model(inputs_embeds=inputs).last_hidden_state[:, :-1]
+    hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
-    logits = model.lm_head(hidden[labels >= 0])
     target = labels[labels >= 0]
-    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
+    logits = model.lm_head(hidden[labels >= 0])
+    losses = F.cross_entropy(logits, target, reduction="none")
+    is_name = torch.isin(target, names)
+    weight = 1 + (NAME_WEIGHT - 1) * is_name
+    right = (logits.argmax(-1) == target).float()
+    figures = {"loss": losses.mean().item(), "right": right.mean().item(), "names": right[is_name].mean().item()}
+    return (losses * weight).sum() / weight.sum(), figures

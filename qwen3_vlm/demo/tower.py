@@ -2,8 +2,8 @@
 
 SigLIP2 is itself trained with contrastive, captioning and dense localisation losses. This tower gets the
 dense kind: at each patch, small linear heads say which object covers it, how big that object is, in
-which column and row it stands, and what the background is; for plain drawings, which words are in their
-name. The heads are thrown away afterwards. It never sees a held-out pair, nor the held-out drawings.
+which column and row it stands, and what the background is. The heads are thrown away afterwards. It
+never sees a held-out pair.
 
 Shapes: B images, P patches.
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from qwen3_vlm.demo.drawings import compose, drawing_is_held_out, named_drawings, plain_drawing, sprite
+from qwen3_vlm.demo.drawings import compose, sprite
 from qwen3_vlm.demo.world import (
     BACKGROUND_WORDS,
     CANVAS,
@@ -33,9 +33,10 @@ from qwen3_vlm.demo.world import (
 PATCH = 8
 GRID = CANVAS // PATCH
 COVERED = 0.08  # a patch belongs to an object when that much of it is drawn on
+TOWER_SIZES = (*SIZE_WORDS, "whole")
 HEADS = {
     "object": len(NAMES) + 1,  # 0 = nothing here, as in the next three
-    "size": len(SIZE_WORDS) + 1,
+    "size": len(TOWER_SIZES) + 1,
     "column": len(COLUMNS) + 1,
     "row": len(ROWS) + 1,
     "background": len(BACKGROUND_WORDS),
@@ -72,7 +73,7 @@ def patch_targets(scene: Scene, boxes: list[tuple[int, int, int]]) -> dict[str, 
     owner = np.where(share.max(0) > COVERED, share.argmax(0), len(scene.things))
     classes = {
         "object": [NAMES.index(thing.name) + 1 for thing in scene.things],
-        "size": [SIZE_WORDS.index(thing.size) + 1 for thing in scene.things],
+        "size": [TOWER_SIZES.index(thing.size) + 1 for thing in scene.things],
         "column": [COLUMNS.index(thing.column) + 1 for thing in scene.things],
         "row": [ROWS.index(thing.row) + 1 for thing in scene.things],
     }
@@ -93,26 +94,6 @@ def scene_batch(stream: Iterator[Scene], rng: random.Random, batch_size: int) ->
     return SceneBatch(np.stack(pixels), stacked)
 
 
-@dataclass
-class DrawingStock:
-    """The plain drawings in memory, and the words of their names as a multi-hot row each."""
-
-    pixels: NDArray[np.uint8]  # (drawings, H, W, 3)
-    words: NDArray[np.float32]  # (drawings, words)
-    vocabulary: tuple[str, ...]
-
-
-def drawing_stock() -> DrawingStock:
-    """Every named drawing that is not held out."""
-    named = {code: name for code, name in named_drawings().items() if not drawing_is_held_out(code, name)}
-    vocabulary = tuple(sorted({word for name in named.values() for word in name.split()}))
-    index = {word: position for position, word in enumerate(vocabulary)}
-    words = np.zeros((len(named), len(vocabulary)), dtype=np.float32)
-    for row, name in enumerate(named.values()):
-        words[row, [index[word] for word in name.split()]] = 1
-    return DrawingStock(np.stack([plain_drawing(code) for code in named]), words, vocabulary)
-
-
 def to_pixel_values(pixels: NDArray[np.uint8]) -> Tensor:
     """(B, H, W, 3) bytes → (B, 3, H, W) in −1…1, as SiglipImageProcessor does it."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -121,19 +102,14 @@ def to_pixel_values(pixels: NDArray[np.uint8]) -> Tensor:
 class TowerPretraining(nn.Module):
     """The tower with its throwaway heads."""
 
-    def __init__(self, config: SiglipVisionConfig, num_words: int) -> None:
+    def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
         self.tower = SiglipVisionModel(config)
         self.heads = nn.ModuleDict({head: nn.Linear(config.hidden_size, size) for head, size in HEADS.items()})
-        self.words = nn.Linear(config.hidden_size, num_words)
 
-    def forward(
-        self, scene_pixels: Tensor, targets: dict[str, Tensor], drawing_pixels: Tensor, words: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Total loss, and the share of right patches of each head (on drawn patches, where that matters)."""
-        both = torch.cat([scene_pixels, drawing_pixels])
-        hidden = self.tower(pixel_values=both).last_hidden_state  # (B, P, D)
-        patches, pooled = hidden[: len(scene_pixels)], hidden[len(scene_pixels) :].mean(1)
+    def forward(self, pixel_values: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Total loss, and the share of right patches of each head where something is drawn."""
+        patches = self.tower(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
         drawn = targets["object"] > 0
         loss, right = torch.zeros(()), {}
         for head, layer in self.heads.items():
@@ -141,7 +117,4 @@ class TowerPretraining(nn.Module):
             each = F.cross_entropy(logits.flatten(0, 1), targets[head].flatten(), reduction="none").view_as(drawn)
             loss = loss + (each[drawn].mean() + each[~drawn].mean()) / 2
             right[head] = (logits.argmax(-1) == targets[head])[drawn].float().mean().item()
-        # A softmax over all words, spread evenly over those of the name.
-        name_loss = -(F.log_softmax(self.words(pooled), -1) * words / words.sum(-1, keepdim=True)).sum(-1).mean()
-        right["words_loss"] = name_loss.item()
-        return loss + 0.2 * name_loss, right
+        return loss, right

@@ -10,13 +10,14 @@ This module knows nothing of pixels, models or files.
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Literal
 
 CANVAS = 64  # pixels, both sides
 SIZES: dict[str, tuple[int, int]] = {"small": (15, 18), "big": (26, 30)}  # drawn size in pixels, inclusive
+WHOLE = (58, 64)  # of a plain drawing, which fills the canvas
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "grey": (176, 176, 182),
@@ -53,14 +54,23 @@ PLURALS: dict[str, str] = {
 }  # fmt: skip
 PROMPTS: tuple[str, ...] = ("Describe the image.", "Describe the image concisely.", "What do you see?")
 
-Layout = Literal["one", "group", "row", "column", "corner"]
-LAYOUTS: tuple[Layout, ...] = ("one", "group", "row", "column", "corner")
+# plain: one drawing that fills the canvas; group: two or three of the same; trio_row: two side by side, both
+# above a third; trio_column: two above each other, both left of a third.
+Layout = Literal["plain", "one", "group", "row", "column", "trio_row", "trio_column"]
+CELLS: dict[Layout, tuple[tuple[tuple[str, str], ...], ...]] = {
+    "plain": ((("middle", "middle"),),),
+    "one": tuple(((column, row),) for column, row in product(COLUMNS, ROWS) if (column == "middle") == (row == "middle")),
+    "row": tuple((("left", row), ("right", row)) for row in ROWS),
+    "column": tuple(((column, "top"), (column, "bottom")) for column in COLUMNS),
+    "trio_row": ((("left", "top"), ("right", "top"), ("middle", "bottom")),),
+    "trio_column": ((("left", "top"), ("left", "bottom"), ("right", "middle")),),
+}
 HELD_OUT_TENTHS = 1
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawing in a scene, in the cell (column, row) of a 3 × 3 grid."""
+    """One drawing in a scene: how big (`whole`: it fills the canvas) and in which cell of a 3 × 3 grid."""
 
     name: str
     size: str
@@ -122,14 +132,27 @@ def _column(things: tuple[Thing, ...]) -> str:
     return f"{phrase(things[0])} above {phrase(things[1])}"
 
 
-def _corner(things: tuple[Thing, ...]) -> str:
-    anchor, beside, over = things
-    side = "left" if anchor.column == "left" else "right"
-    height = "above" if anchor.row == "top" else "below"
-    return f"{phrase(anchor)} {side} of {phrase(beside)} and {height} {phrase(over)}"
+def _plain(things: tuple[Thing, ...]) -> str:
+    return f"a drawing of a {things[0].name}"
 
 
-_SUBJECTS = {"one": _one, "group": _group, "row": _row, "column": _column, "corner": _corner}
+def _trio_row(things: tuple[Thing, ...]) -> str:
+    return f"{_row(things)}, both above {phrase(things[2])}"
+
+
+def _trio_column(things: tuple[Thing, ...]) -> str:
+    return f"{_column(things)}, both left of {phrase(things[2])}"
+
+
+_SUBJECTS: dict[Layout, Callable[[tuple[Thing, ...]], str]] = {
+    "plain": _plain,
+    "one": _one,
+    "group": _group,
+    "row": _row,
+    "column": _column,
+    "trio_row": _trio_row,
+    "trio_column": _trio_column,
+}
 
 
 def is_held_out(pair: frozenset[str]) -> bool:
@@ -142,9 +165,17 @@ HELD_OUT_PAIRS: frozenset[frozenset[str]] = frozenset(
     pair for pair in map(frozenset, combinations(NAMES, 2)) if is_held_out(pair)
 )
 
-# How often each layout is drawn. One-object scenes are many: they are what teaches the names.
-TRAIN_MIX: dict[Layout, float] = {"one": 0.30, "group": 0.10, "row": 0.18, "column": 0.18, "corner": 0.24}
-UNSEEN_MIX: dict[Layout, float] = {"row": 0.3, "column": 0.3, "corner": 0.4}
+# How often each layout is drawn. Scenes of one object are many: they are what teaches the names.
+TRAIN_MIX: dict[Layout, float] = {
+    "plain": 0.10,
+    "one": 0.24,
+    "group": 0.08,
+    "row": 0.17,
+    "column": 0.17,
+    "trio_row": 0.12,
+    "trio_column": 0.12,
+}
+UNSEEN_MIX: dict[Layout, float] = {"row": 0.3, "column": 0.3, "trio_row": 0.2, "trio_column": 0.2}
 
 
 def sample_scene(rng: random.Random, mix: dict[Layout, float] | None = None) -> Scene:
@@ -152,7 +183,9 @@ def sample_scene(rng: random.Random, mix: dict[Layout, float] | None = None) -> 
     weights = mix or TRAIN_MIX
     layout = rng.choices(tuple(weights), tuple(weights.values()))[0]
     cells = _cells(rng, layout)
-    if layout == "group":
+    if layout == "plain":
+        things: tuple[Thing, ...] = (Thing(rng.choice(NAMES), "whole", *cells[0]),)
+    elif layout == "group":
         name, size = rng.choice(NAMES), rng.choice(SIZE_WORDS)
         things = tuple(Thing(name, size, column, row) for column, row in cells)
     else:
@@ -163,20 +196,16 @@ def sample_scene(rng: random.Random, mix: dict[Layout, float] | None = None) -> 
     return Scene(layout, things, rng.choice(BACKGROUND_WORDS))
 
 
-def _cells(rng: random.Random, layout: Layout) -> list[tuple[str, str]]:
+def plain_scene(name: str) -> Scene:
+    """One drawing as it is, on white."""
+    return Scene("plain", (Thing(name, "whole", "middle", "middle"),), "white")
+
+
+def _cells(rng: random.Random, layout: Layout) -> tuple[tuple[str, str], ...]:
     """The (column, row) of each thing, in caption order."""
-    if layout == "one":
-        corners = [(column, row) for column in ("left", "right") for row in ("top", "bottom")]
-        return [rng.choice([*corners, ("middle", "middle")])]
-    if layout == "row" or (layout == "group" and rng.random() < 0.33):
-        row = rng.choice(ROWS)
-        return [("left", row), ("right", row)]
-    if layout == "column" or (layout == "group" and rng.random() < 0.5):
-        column = rng.choice(COLUMNS)
-        return [(column, "top"), (column, "bottom")]
-    left, right = rng.sample(("left", "right"), 2)
-    top, bottom = rng.sample(("top", "bottom"), 2)
-    return [(left, top), (right, top), (left, bottom)]
+    if layout == "group":
+        layout = rng.choice(("row", "column", "trio_row", "trio_column"))
+    return rng.choice(CELLS[layout])
 
 
 def scenes(seed: str, mix: dict[Layout, float] | None = None, unseen: bool = False) -> Iterator[Scene]:

@@ -1,0 +1,142 @@
+"""The guided run: a data set, stage 1 on the tiny bases, the gates, captions of unseen scenes, a report.
+
+It calls what a real run calls: `data` reads its files, `train(config)` trains and runs the gates,
+`caption_images` captions, `write_report` writes the page. Only the scoring of facts is the demo's own.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from qwen3_vlm.config import RunConfig, load_config
+from qwen3_vlm.demo.dataset import DemoSizes, build
+from qwen3_vlm.demo.facts import KINDS, Scores, score
+from qwen3_vlm.errors import ConfigError, GateError
+from qwen3_vlm.storage import atomic_write_json
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo_stage1.yaml"
+BASES = Path(__file__).parent / "bases"
+TESTS = {
+    "unseen": "pairs never seen together",
+    "seen": "new scenes of known pairs",
+    "plain": "plain drawings",
+}
+DEMANDED_EXACT, DEMANDED_FACT = 0.5, 0.8  # of the unseen combinations
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Pictures with their true captions."""
+
+    prompt: str
+    pictures: tuple[Path, ...]
+    captions: tuple[str, ...]
+
+
+def run_demo(out: Path) -> None:
+    """Build, train, check, caption, report; everything is below `out`.
+
+    Raises:
+        ConfigError: the configuration of the demo is not beside the package.
+        GateError: a gate failed, or the captions are worse than the demo promises.
+    """
+    from qwen3_vlm.evaluate.report import write_report
+    from qwen3_vlm.train.train_utils import train
+
+    console, started = Console(), time.monotonic()
+    console.print(f"[bold]1/4[/] The data set: scenes of OpenMoji drawings, below {out / 'data'}")
+    build(out / "data", DemoSizes())
+    console.print("[bold]2/4[/] Stage 1: the connector learns, tower and language model stay frozen")
+    result = train(demo_config(out))
+    if result.connector_dir is None:
+        console.print("The run was stopped; start it again and it goes on from there.")
+        return
+    console.print("[bold]3/4[/] Captions of pictures that training never saw")
+    scores = caption_tests(out / "data", Path(result.connector_dir))
+    _write_results(Path(result.output_dir), scores)
+    console.print("[bold]4/4[/] The report")
+    report = write_report(Path(result.output_dir))
+    console.print(_table(scores))
+    console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}")
+    _check(result.evidence, scores)
+    console.print("Caption a picture of your own:", style="bold")
+    print(f"  qwen3-vlm caption PICTURE.png --checkpoint {result.connector_dir}")
+
+
+def demo_config(out: Path) -> RunConfig:
+    """`configs/demo_stage1.yaml` with its folders below `out`.
+
+    Raises:
+        ConfigError: the file is missing, as in an installation without the repository.
+    """
+    if not CONFIG.is_file():
+        raise ConfigError(f"The demo needs {CONFIG.name} from the repository's configs; run it in a clone.")
+    folders = {
+        "model.llm": BASES / "text",
+        "model.vision_tower": BASES / "tower",
+        "data.train": [str(out / "data" / "train.json")],
+        "data.eval": [str(out / "data" / "heldout_unseen.json")],
+        "data.feature_cache": out / "features",
+        "output_dir": out / "run",
+    }
+    return load_config(CONFIG, [f"{key}={json.dumps(value, default=str)}" for key, value in folders.items()])
+
+
+def read_test_set(path: Path) -> TestSet:
+    """One of the data set's LLaVA JSON files."""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    turns = [record["conversations"] for record in records]
+    pictures = tuple(path.parent / record["image"] for record in records)
+    prompt = turns[0][0]["value"].removeprefix("<image>\n")
+    return TestSet(prompt, pictures, tuple(turn[1]["value"] for turn in turns))
+
+
+def caption_tests(data: Path, connector: Path) -> dict[str, Scores]:
+    """Caption every held-out set with a trained connector and compare with the truth."""
+    from qwen3_vlm.evaluate.captioning import caption_images
+    from qwen3_vlm.train.add_ons import load_vlm
+
+    model, processor = load_vlm(connector)
+    scores = {}
+    for name in TESTS:
+        test = read_test_set(data / f"heldout_{name}.json")
+        pictures = (Image.open(path).convert("RGB") for path in test.pictures)
+        said = caption_images(model, processor, pictures, prompt=test.prompt, max_new_tokens=32, batch_size=50)
+        scores[name] = score(said, test.captions)
+    return scores
+
+
+def _rows(scores: dict[str, Scores]) -> list[dict[str, str]]:
+    return [scores[name].row(TESTS[name]) for name in scores]
+
+
+def _write_results(run_dir: Path, scores: dict[str, Scores]) -> None:
+    note = "Share of captions that are right word for word, and of facts that are right, with 95 % intervals."
+    table = {"title": "Held-out captions", "rows": _rows(scores), "note": note, "order": 1}
+    (run_dir / "results").mkdir(parents=True, exist_ok=True)
+    atomic_write_json(run_dir / "results" / "held_out_captions.json", table)
+
+
+def _table(scores: dict[str, Scores]) -> Table:
+    table = Table("test set", "captions", "exact", *KINDS, title="Right, with 95 % intervals")
+    for row in _rows(scores):
+        table.add_row(*(row.get(column, "–") for column in ("test set", "captions", "exact", *KINDS)))
+    return table
+
+
+def _check(evidence: dict[str, object] | None, scores: dict[str, Scores]) -> None:
+    """Raise what falls short of what the demo promises."""
+    gates = (evidence or {}).get("gates", [])
+    assert isinstance(gates, list)
+    short = [f"gate {gate['name']}" for gate in gates if not gate["passed"]] + ([] if gates else ["no gate was run"])
+    unseen = scores["unseen"]
+    if unseen.exact.value < DEMANDED_EXACT:
+        short.append(f"exact captions {unseen.exact.value:.0%} < {DEMANDED_EXACT:.0%}")
+    short += [f"{kind} {it.value:.0%} < {DEMANDED_FACT:.0%}" for kind, it in unseen.facts.items() if it.value < DEMANDED_FACT]
+    if short:
+        raise GateError(f"The demo falls short of what it promises: {'; '.join(short)}.")
