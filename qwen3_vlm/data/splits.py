@@ -103,13 +103,13 @@ def pick_stratified(
 
 
 def proportional_quotas(sizes: Sequence[int], count: int) -> list[int]:
-    """Share `count` out in proportion to `sizes` by largest remainders; a bucket with records gets one if it can."""
+    """Share `count` out in proportion to `sizes`, by largest remainders; a bucket that would get none comes first."""
     total = sum(sizes)
-    count = min(count, total)
-    quotas = [count * size // total if total else 0 for size in sizes]
-    remainders = [count * size % total if total else 0 for size in sizes]
-    by_need = sorted(range(len(sizes)), key=lambda number: (quotas[number] > 0, -remainders[number], number))
-    for number in by_need[: count - sum(quotas)]:
+    shares = [divmod(min(count, total) * size, max(1, total)) for size in sizes]
+    quotas = [whole for whole, _ in shares]
+    by_need = sorted(range(len(sizes)), key=lambda number: (quotas[number] > 0, -shares[number][1], number))
+    candidates = [number for number in by_need if shares[number][1]]
+    for number in candidates[: min(count, total) - sum(quotas)]:
         quotas[number] += 1
     return quotas
 
