@@ -157,11 +157,11 @@ def read_golden(path: str | Path) -> list[GoldenItem]:
     try:
         if path.stat().st_size > MAX_GOLDEN_BYTES:
             raise DataError(f"{path} is larger than {MAX_GOLDEN_BYTES:,} bytes; that is no golden dump.")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"The golden dump {path} can't be read: {getattr(error, 'strerror', None) or error}."
-        ) from error
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: an answer may hold U+2028
+    except OSError as error:
+        raise DataError(f"The golden dump {path} can't be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"The golden dump {path} is not UTF-8 text.") from error
     return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 

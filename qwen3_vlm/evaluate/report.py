@@ -201,10 +201,10 @@ def _loss_charts(run: RunFiles) -> list[Markup]:
         Series("quick evaluation", _points(quick, "loss"), 0, dots=True),
         Series("full evaluation", _points(full, "loss"), 1, dots=True),
     ]
-    longest = quick if len(quick) > len(full) else full  # not both: they are different sets
+    labels = {"loss_le10": "≤ 10 tokens", "loss_11_20": "11–20", "loss_ge21": "≥ 21"}
+    longer = max((full, quick), key=lambda lines: sum(len(_points(lines, key)) for key in labels))  # one set, not both
     buckets = [
-        Series(label, _points(longest, f"loss_{key}"), style, dots=True)
-        for style, (key, label) in enumerate({"le10": "≤ 10 tokens", "11_20": "11–20", "ge21": "≥ 21"}.items())
+        Series(label, _points(longer, key), style, dots=True) for style, (key, label) in enumerate(labels.items())
     ]
     exact = [(float(step), float(sum(item.exact for item in items))) for step, items in run.golden.items()]
     charts = [

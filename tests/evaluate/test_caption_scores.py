@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_vlm.evaluate.caption_scores import cider_d, exact_match, ptb_words, score_captions
@@ -44,9 +44,11 @@ def test_length_penalty_by_hand() -> None:
     assert 0 < scores[0] < 10 * math.exp(-(10**2) / 72)
 
 
-captions = st.lists(st.sampled_from("a red cat dog sits on the mat".split()), min_size=4, max_size=9).map(" ".join)
+words = st.sampled_from(["a", "red", "cat", "dog", "sits", "on", "the", "mat"])
+captions = st.lists(words, min_size=4, max_size=9).map(" ".join)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(captions, min_size=2, max_size=6), st.randoms(use_true_random=False))
 def test_cider_d_does_not_depend_on_the_order_of_samples(references: list[str], random: Any) -> None:
     candidates = [random.choice(references) for _ in references]
