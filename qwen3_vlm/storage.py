@@ -69,7 +69,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     with _sentences(final):
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as stream:
+                mode = os.fstat(stream.fileno()).st_mode
             yield temporary
+            os.chmod(temporary, mode)  # the umask's, though some writers put a private file of their own in its place
             _flush(temporary)
             os.replace(temporary, final)
             _flush(final.parent)

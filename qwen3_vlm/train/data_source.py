@@ -64,13 +64,16 @@ class DataSource:
 
     def train_batches(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Batch]:
         """These micro-batches, in order, read by worker processes."""
-        return _quiet_iterator(self.train.records, self.encoder, self.train_collator, micro_batches, self.config)
+        loader = batch_loader(
+            self.train.records, self.encoder, self.train_collator, micro_batches, self.config.num_workers
+        )
+        return iter(loader)
 
     def eval_batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         """Padded batches, one sample a row, of these evaluation records."""
         starts = range(0, len(indices), batch_size)
         rows = [tuple((index,) for index in indices[start : start + batch_size]) for start in starts]
-        return _quiet_iterator(self.eval.records, self.encoder, self.eval_collator, rows, self.config)
+        return iter(batch_loader(self.eval.records, self.encoder, self.eval_collator, rows, self.config.num_workers))
 
 
 def open_data(
@@ -152,14 +155,3 @@ def _check_bad_fraction(bad: int, seen: int, config: DataConfig, reasons: Mappin
             f"{bad:,} of {seen:,} records can't be used ({', '.join(f'{n} {name}' for name, n in reasons.items())}), "
             f"more than data.max_bad_fraction {config.max_bad_fraction:g}. `qwen3-vlm data doctor` lists them all."
         )
-
-
-def _quiet_iterator(
-    records: Records, encoder: SampleEncoder, collator: Collator, rows: Sequence[MicroBatch], config: DataConfig
-) -> Iterator[Batch]:
-    """A loader's iterator; making one draws from torch's generator, which a resumed run must not notice."""
-    state = torch.get_rng_state()
-    loader: Iterable[Batch] = batch_loader(records, encoder, collator, rows, config.num_workers)
-    iterator = iter(loader)
-    torch.set_rng_state(state)
-    return iterator
