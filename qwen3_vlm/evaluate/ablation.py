@@ -115,7 +115,7 @@ class AblationReport:
         """The `gates` of evidence.json."""
         return [
             {
-                "name": f"{name} − correct",
+                "name": f"{name} - correct",
                 **_json_interval(gap.interval),
                 "threshold": gap.threshold,
                 "samples": gap.samples,

@@ -154,7 +154,7 @@ def _gate_of_line(name: str, line: Line, threshold: Any) -> dict[str, Any]:
     clear = is_number(value) and is_number(low) and low > 0 and is_number(threshold) and value >= threshold
     return _gate(
         {
-            "name": f"{name} − correct",
+            "name": f"{name} - correct",
             "value": value,
             "low": low,
             "high": line.get(f"gap_{name}_high"),
@@ -169,6 +169,7 @@ def _gate_of_line(name: str, line: Line, threshold: Any) -> dict[str, Any]:
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("name", "value", "low", "high", "threshold", "samples", "win_rate", "win_rate_low", "win_rate_high")
     values = {key: gate.get(key) for key in keys}
+    values["name"] = str(values["name"] or "gate").replace(" - ", " − ")  # a minus, where people read it
     return {**values, "passed": gate.get("passed") is True, "reason": str(gate.get("reason") or "")}
 
 

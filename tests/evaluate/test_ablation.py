@@ -191,7 +191,7 @@ def test_report_is_json_and_names_its_gates() -> None:
     tree = report.to_dict()
     assert json.loads(json.dumps(tree, allow_nan=False)) == tree
     assert {"name", "value", "low", "high", "threshold", "passed"} <= set(report.gates()[0])
-    assert [gate["name"] for gate in report.gates()] == ["shuffled − correct", "zero − correct", "noise − correct"]
+    assert [gate["name"] for gate in report.gates()] == ["shuffled - correct", "zero - correct", "noise - correct"]
     assert all(isinstance(value, (int, float)) for value in report.summary().values())
 
 

@@ -71,7 +71,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def gate(name: str = "shuffled", passed: bool = True) -> dict[str, Any]:
-    return {"name": f"{name} − correct", "value": 1.5, "low": 1.2, "high": 1.8, "threshold": 0.05, "samples": 256,
+    return {"name": f"{name} - correct", "value": 1.5, "low": 1.2, "high": 1.8, "threshold": 0.05, "samples": 256,
             "win_rate": 0.9, "win_rate_low": 0.85, "win_rate_high": 0.93, "passed": passed,
             "reason": "" if passed else "The gap is 0.01."}  # fmt: skip
 
