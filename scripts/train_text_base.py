@@ -1,6 +1,6 @@
 """Train the demo's Qwen3 text base (once; its result is in qwen3_vlm/demo/bases/text).
 
-python scripts/train_text_base.py --steps 2400 --out qwen3_vlm/demo/bases/text --log scripts/train_text_base.jsonl
+python scripts/train_text_base.py --steps 1400 --out qwen3_vlm/demo/bases/text --log scripts/train_text_base.jsonl
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROUGH_FROM = 0.4  # share of the steps over which the slots grow rough
 def main() -> None:
     """Parse, train, save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -63,8 +63,7 @@ def main() -> None:
                 record |= {f"{part}_{name}": value for part in seen for name, value in seen[part].items()}
                 log.write(json.dumps({name: round(value, 4) for name, value in record.items()}) + "\n")
                 log.flush()
-            if step % 200 == 0 or step == args.steps:
-                model.save_pretrained(args.out)
+    model.half().save_pretrained(args.out)
 
 
 if __name__ == "__main__":

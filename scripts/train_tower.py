@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import SiglipImageProcessorPil
 
 from qwen3_vlm.demo import tower as recipe
-from qwen3_vlm.demo.world import scenes
+from qwen3_vlm.demo.world import CANVAS, scenes
 
 
 def main() -> None:
@@ -50,8 +51,8 @@ def main() -> None:
                 record = {"step": step, "loss": loss.item(), **right, "seconds": time.time() - started}
                 log.write(json.dumps({k: round(v, 4) for k, v in record.items()}) + "\n")
                 log.flush()
-            if step % 400 == 0 or step == args.steps:
-                model.tower.save_pretrained(args.out)
+    model.tower.half().save_pretrained(args.out)
+    SiglipImageProcessorPil(size={"height": CANVAS, "width": CANVAS}).save_pretrained(args.out)
 
 
 if __name__ == "__main__":

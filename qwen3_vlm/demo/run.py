@@ -137,6 +137,8 @@ def _check(evidence: dict[str, object] | None, scores: dict[str, Scores]) -> Non
     unseen = scores["unseen"]
     if unseen.exact.value < DEMANDED_EXACT:
         short.append(f"exact captions {unseen.exact.value:.0%} < {DEMANDED_EXACT:.0%}")
-    short += [f"{kind} {it.value:.0%} < {DEMANDED_FACT:.0%}" for kind, it in unseen.facts.items() if it.value < DEMANDED_FACT]
+    short += [
+        f"{kind} {it.value:.0%} < {DEMANDED_FACT:.0%}" for kind, it in unseen.facts.items() if it.value < DEMANDED_FACT
+    ]
     if short:
         raise GateError(f"The demo falls short of what it promises: {'; '.join(short)}.")

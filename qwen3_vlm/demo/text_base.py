@@ -228,7 +228,7 @@ def loss_of(
     model: Qwen3ForCausalLM, batch: dict[str, Tensor], slots: int, roughness: float, names: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss over the answers' tokens with the objects' names counted `NAME_WEIGHT` times; plain figures beside it."""
-    embedding = model.get_input_embeddings().weight
+    embedding = model.model.embed_tokens.weight  # (V, D), tied to the head
     inputs = F.embedding(batch["input_ids"], embedding)
     if slots:
         vectors = keyword_slots(embedding, batch["regions"], batch["everywhere"], slots, roughness)

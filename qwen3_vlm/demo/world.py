@@ -59,7 +59,9 @@ PROMPTS: tuple[str, ...] = ("Describe the image.", "Describe the image concisely
 Layout = Literal["plain", "one", "group", "row", "column", "trio_row", "trio_column"]
 CELLS: dict[Layout, tuple[tuple[tuple[str, str], ...], ...]] = {
     "plain": ((("middle", "middle"),),),
-    "one": tuple(((column, row),) for column, row in product(COLUMNS, ROWS) if (column == "middle") == (row == "middle")),
+    "one": tuple(
+        ((column, row),) for column, row in product(COLUMNS, ROWS) if (column == "middle") == (row == "middle")
+    ),
     "row": tuple((("left", row), ("right", row)) for row in ROWS),
     "column": tuple(((column, "top"), (column, "bottom")) for column in COLUMNS),
     "trio_row": ((("left", "top"), ("right", "top"), ("middle", "bottom")),),
