@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qwen3_vlm import __version__
-from qwen3_vlm.errors import DataError, ImageError, Qwen3VLMError
+from qwen3_vlm.errors import DataError, ImageError, ModelError, Qwen3VLMError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +28,6 @@ _COMMON_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 _RARE_SUFFIXES = (".apng", ".avif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm")
 IMAGE_SUFFIXES = frozenset(_COMMON_SUFFIXES + _RARE_SUFFIXES)
 CONFIG_SUFFIXES = frozenset({".yaml", ".yml"})
-MAX_IMAGE_PIXELS = 50_000_000  # the default of DataConfig.max_image_pixels
 
 app = typer.Typer(
     help="Teach a frozen text-only Qwen3 to see, by training and shipping a small add-on.",
@@ -46,6 +45,7 @@ Overrides = Annotated[
 ]
 Llm = Annotated[str | None, typer.Option(help="LLM to use instead of the one that connector.json names.")]
 Tower = Annotated[str | None, typer.Option(help="Vision tower to use instead of the one in connector.json.")]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a base from the hub.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -112,11 +112,12 @@ def verify(
     gates: Annotated[bool, typer.Option("--gates", help="Also ask that every gate of its evidence passed.")] = False,
     llm: Llm = None,
     vision_tower: Tower = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Check a connector's files and, where they can be found, its bases; exit status 1 if anything is wrong."""
     from qwen3_vlm.train.add_ons import verify_connector
 
-    print(verify_connector(directory, llm=llm, vision_tower=vision_tower, gates=gates))
+    print(verify_connector(directory, llm, vision_tower, gates=gates, trust_remote_code=trust_remote_code))
 
 
 @app.command()
@@ -129,12 +130,15 @@ def caption(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
     llm: Llm = None,
     vision_tower: Tower = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Say what is in pictures, one line each, greedily decoded."""
     from qwen3_vlm.evaluate.captioning import caption_images
+    from qwen3_vlm.train.add_ons import load_vlm
 
     paths = find_pictures(images)
-    model, processor = load_model(checkpoint, llm, vision_tower)
+    quiet_loading()
+    model, processor = load_vlm(checkpoint, llm, vision_tower, trust_remote_code=trust_remote_code)
     asked = {} if prompt is None else {"prompt": prompt}
     failures: list[ImageError] = []
     for batch in _batches(_readable(paths, failures), batch_size):
@@ -146,7 +150,8 @@ def caption(
             line = {"image": str(path), "caption": answer}
             print(json.dumps(line, ensure_ascii=False) if as_json else f"{path}: {answer}", flush=True)
     if failures:
-        raise failures[0] if len(failures) == len(paths) == 1 else _summary(failures, len(paths))
+        print(f"{len(failures)} of {len(paths)} pictures could not be read.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @data_app.command()
@@ -159,7 +164,7 @@ def doctor(
             show_default=False,
         ),
     ],
-    export: Annotated[Path | None, typer.Option(help="Folder for the findings as JSON, CSV and HTML.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Folder for report.json, report.txt and problems.jsonl.")] = None,
     tokens: Annotated[bool, typer.Option(help="Check labels, placeholders and lengths with the tokenizer.")] = True,
     pictures: Annotated[bool, typer.Option(help="Read and decode every picture.")] = True,
 ) -> None:
@@ -216,11 +221,13 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     llm: Llm = None,
     vision_tower: Tower = None,
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Write bases and connector as one Hugging Face folder that loads with trust_remote_code, without this package."""
     from qwen3_vlm.train.add_ons import export_vlm
 
-    print(export_vlm(directory, out, llm=llm, vision_tower=vision_tower))
+    quiet_loading()
+    print(export_vlm(directory, out, llm=llm, vision_tower=vision_tower, trust_remote_code=trust_remote_code))
 
 
 @app.command()
@@ -269,24 +276,30 @@ def load_processor(config: "RunConfig") -> Any:
     """The tokenizer and image processor of the bases, without their weights."""
     from qwen3_vlm.models import Qwen3VLMProcessor
 
-    return Qwen3VLMProcessor.from_bases(config.model.llm, config.model.vision_tower, config.model.num_latents)
+    model = config.model
+    try:
+        return Qwen3VLMProcessor.from_bases(model.llm, model.vision_tower, model.num_latents, model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The tokenizer of {model.llm} or the image processor of {model.vision_tower} can't be read. Name folders "
+            "with model.llm=… and model.vision_tower=…, or leave out what needs them with --no-tokens."
+        ) from error
 
 
-def load_model(checkpoint: Path, llm: str | None, vision_tower: str | None) -> tuple[Any, Any]:
-    """Bases and connector, ready to generate, without the loaders' progress bars."""
+def quiet_loading() -> None:
+    """No progress bar per weight file while a model is loaded."""
     from transformers.utils import logging
 
-    from qwen3_vlm.train.add_ons import load_vlm
-
     logging.disable_progress_bar()
-    return load_vlm(checkpoint, llm=llm, vision_tower=vision_tower)
 
 
 def print_result(result: Any) -> None:
-    """Where a finished run left its things, and how its gates went."""
+    """Where a run left its things, and how its gates went."""
     print(f"Run: {result.output_dir} (step {result.step:,})")
-    if result.connector_dir is not None:
-        print(f"Connector: {result.connector_dir}")
+    if result.connector_dir is None:
+        print("It was stopped and saved; the same command goes on from there.")
+        return
+    print(f"Connector: {result.connector_dir}")
     for gate in (result.evidence or {}).get("gates", []):
         word = "passed" if gate["passed"] else "FAILED"
         interval = f"{gate['value']:.3f} [{gate['low']:.3f}, {gate['high']:.3f}]"
@@ -295,24 +308,22 @@ def print_result(result: Any) -> None:
 
 def _readable(paths: Iterable[Path], failures: list[ImageError]) -> "Iterator[tuple[Path, Image]]":
     """Pictures that can be read; the others are told on stderr and collected in `failures`."""
+    from qwen3_vlm.config import DataConfig
     from qwen3_vlm.data.images import load_image
 
+    max_pixels = DataConfig().max_image_pixels
     for path in paths:
         try:
-            yield path, load_image(path, max_pixels=MAX_IMAGE_PIXELS, name=str(path))
+            yield path, load_image(path, max_pixels=max_pixels, name=str(path))
         except ImageError as error:
             failures.append(error)
-            print(f"Skipped: {error}", file=sys.stderr)
+            print(f"Error: {error}", file=sys.stderr)
 
 
 def _batches(items: "Iterable[tuple[Path, Image]]", size: int) -> "Iterator[list[tuple[Path, Image]]]":
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _summary(failures: Sequence[ImageError], total: int) -> DataError:
-    return DataError(f"{len(failures)} of {total} pictures can't be read; each is named above.")
 
 
 def _require_folder(path: Path, what: str) -> None:
