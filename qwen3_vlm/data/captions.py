@@ -35,6 +35,8 @@ class RecordFile(Protocol):
 
     def __len__(self) -> int: ...
 
+    def origin(self, index: int) -> str: ...
+
     def record(self, index: int) -> Record: ...
 
 
@@ -66,7 +68,7 @@ class Records(Sequence[Record]):
     def origin(self, index: int) -> str:
         """Where a record stands, even one that can't be read."""
         file, inner = self._locate(index)
-        return f"{file.path}[{inner}]"
+        return file.origin(inner)
 
     @property
     def fingerprint(self) -> str:

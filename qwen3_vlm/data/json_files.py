@@ -41,6 +41,10 @@ class JsonFile:
     def __len__(self) -> int:
         return len(self.spans)
 
+    def origin(self, index: int) -> str:
+        """Where a record stands: its line (blank ones not counted), or its place in the array."""
+        return f"{self.path}:{index + 1}" if self.is_lines else f"{self.path}[{index}]"
+
     def record(self, index: int) -> Record:
         """Read and parse one record.
 
@@ -48,7 +52,7 @@ class JsonFile:
             RecordError: this one record can't be used.
         """
         start, size = (int(number) for number in self.spans[index])
-        origin = f"{self.path}:{index + 1}" if self.is_lines else f"{self.path}[{index}]"
+        origin = self.origin(index)
         if size > MAX_RECORD_BYTES:
             raise RecordError(f"{origin} has {size:,} bytes; at most {MAX_RECORD_BYTES:,} are read.", "too_large")
         try:

@@ -57,6 +57,10 @@ class TarFile:
     def __len__(self) -> int:
         return len(self.index.first) - 1
 
+    def origin(self, index: int) -> str:
+        """Where a sample stands: the tar and the stem of its members."""
+        return f"{self.path}/{self._key(index)}"
+
     def record(self, index: int) -> Record:
         """Read and parse one sample; its pictures stay references into the tar.
 
@@ -67,13 +71,15 @@ class TarFile:
         names = {member: self.index.name(member) for member in members}
         texts = {_kind(names[member]): member for member in members if _kind(names[member]) in TEXT_EXTENSIONS}
         images = [self._ref(member) for member in members if _kind(names[member]) in IMAGE_EXTENSIONS]
-        key = _split(names[members[0]])[0]
-        origin = f"{self.path}/{key}"
+        key, origin = self._key(index), self.origin(index)
         extension = next((extension for extension in TEXT_EXTENSIONS if extension in texts), None)
         if extension is None:
             raise RecordError(f"{origin} has a picture but neither a .json nor a .txt beside it.")
         tree = self._tree(texts[extension], extension, origin)
         return parse_record(tree, origin, images=images, key=key)
+
+    def _key(self, index: int) -> str:
+        return _split(self.index.name(int(self.index.first[index])))[0]
 
     def _ref(self, member: int) -> ImageRef:
         offset, size = (int(number) for number in self.index.spans[member])
