@@ -250,8 +250,8 @@ def test_names_folders_globs_and_ranges(tmp_path: Path) -> None:
     for number in (0, 1, 2):
         write_json(tmp_path / f"part-0{number}.json", [{"id": str(number), "conversations": conversation("Hi", "Ho")}])
     (tmp_path / "note.txt").write_text("not a record file")
-    for given in (str(tmp_path), f"{tmp_path}/*.json", f"{tmp_path}/part-{{00..02}}.json"):
-        assert [record.id for record in open_records([given])] == ["0", "1", "2"]
+    for name in (str(tmp_path), f"{tmp_path}/*.json", f"{tmp_path}/part-{{00..02}}.json"):
+        assert [record.id for record in open_records([name])] == ["0", "1", "2"]
     assert len(open_records([str(tmp_path), f"{tmp_path}/part-00.json"])) == 3
 
 
