@@ -265,10 +265,10 @@ def read_sources(sources: Sequence[str]) -> "RunConfig":
     """The configuration of `SOURCE...`: a YAML file with overrides, or plain record files."""
     from qwen3_vlm.config import load_config, parse_config
 
+    if Path(sources[0]).suffix.lower() in CONFIG_SUFFIXES:
+        return load_config(sources[0], sources[1:])
     overrides = [source for source in sources if "=" in source and not Path(source).exists()]
     files = [source for source in sources if source not in overrides]
-    if len(files) == 1 and Path(files[0]).suffix.lower() in CONFIG_SUFFIXES:
-        return load_config(files[0], overrides)
     return parse_config({"data": {"train": files}} if files else {}, overrides, source="command line")
 
 
