@@ -1,0 +1,129 @@
+"""Runs in processes of their own: killed, stopped, and on two ranks."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from tests.train.tiny_run import final_bytes, metrics, tiny_config, write_config, write_records
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+STEPS = 32
+
+
+def command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "qwen3_vlm", "train", str(config), *overrides]
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(config), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
+    """Until the run has logged `count` more steps than it had, which is somewhere within a step."""
+    path = run / "metrics.jsonl"
+    before = len(metrics(run)) if path.exists() else 0
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and len(path.read_bytes().splitlines()) >= before + count:
+            return
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def arguments(
+    tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    return tiny_llm_dir, tiny_tower_dir, write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_anywhere_ends_the_same(arguments: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """kill -9 at random moments, then SIGTERM (exit status 0), then to the end: the same bits as uninterrupted."""
+    settings: dict[str, Any] = {"optim__max_steps": STEPS, "save_every": 5, "log_every": 1, "eval__quick_every": 7}
+    settings |= {"eval__golden_samples": 1, "eval__golden_max_new_tokens": 1}
+    from qwen3_vlm.train.train_utils import train
+
+    train(tiny_config(tmp_path / "whole", *arguments, **settings))
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", tiny_config(run, *arguments, **settings))
+    chance = random.Random()
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        process = start(config)
+        wait_for_steps(process, run, chance.randint(4, 9))
+        time.sleep(chance.random() * 0.05)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == (0 if number == signal.SIGTERM else -9), output
+    assert "Stopped by a signal and saved at step" in output
+    assert not (run / "connector").exists()
+    train(tiny_config(run, *arguments, **settings))
+    assert final_bytes(run) == final_bytes(tmp_path / "whole")
+    assert metrics(run) == metrics(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(arguments: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """2 gloo processes × accumulation 1 = 1 process × accumulation 2, with a last step too short for both."""
+    settings: dict[str, Any] = {"optim__max_steps": None, "optim__eps": 1e-3, "save_every": 5, "data__packing": False}
+    settings |= {"data__eval_fraction": 0.225}  # 9 of 40: the epoch's 31 micro-batches make 15 whole steps and a half
+    from qwen3_vlm.train.train_utils import train
+
+    train(tiny_config(tmp_path / "one", *arguments, **settings))
+    two = tiny_config(tmp_path / "two", *arguments, **settings, optim__accumulation=1)
+    config = write_config(tmp_path / "two.yaml", two)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(config)[1:]],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (
+        safetensors.torch.load_file(tmp_path / name / "connector" / "connector.safetensors") for name in ("one", "two")
+    )
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
+    ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [(line["kind"], line["step"]) for line in ours] == [(line["kind"], line["step"]) for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        if "loss" in mine:
+            assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert [mine.get(key) for key in ("tokens", "samples")] == [other.get(key) for key in ("tokens", "samples")]
+    assert done.stdout.count("The connector is in") == 1
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_errors_are_a_sentence_and_status_1(arguments: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_config(tmp_path / "run", *arguments))
+    done = subprocess.run(
+        command(config, f"data.train=[{tmp_path / 'nothing.json'}]"),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "nothing.json" in done.stderr
+    assert "Traceback" not in done.stderr
