@@ -54,17 +54,20 @@ class _Axis:
         return self.start + (value - low) / (high - low) * (self.stop - self.start)
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str) -> Markup:
-    """Lines over a common x axis; empty markup where there is no point to draw."""
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, title: str, *, straight: bool = False) -> Markup:
+    """Lines over a common x axis; empty markup where there is no point to draw.
+
+    Values that span more than a factor of 20 get a logarithmic axis, unless it is to be `straight`.
+    """
     drawn = [Series(s.label, _thin(s.points), s.style, s.dots) for s in series if s.points]
     xs = [x for s in drawn for x, _ in s.points]
     ys = [y for s in drawn for _, y in s.points]
     if not xs:
         return Markup("")
-    log = min(ys) > 0 and max(ys) / min(ys) > _LOG_RATIO
+    log = not straight and min(ys) > 0 and max(ys) / min(ys) > _LOG_RATIO
     x_axis = _Axis(*_padded(min(xs), max(xs), 0.0), _LEFT, WIDTH - _RIGHT)
     y_axis = _Axis(*(_log_limits(ys) if log else _padded(min(ys), max(ys), 0.06)), HEIGHT - _BOTTOM, _TOP, log)
-    parts = [_frame(x_axis, y_axis, x_label, y_label + (" (log)" if log else ""))]
+    parts = [_frame(x_axis, y_axis, x_label, (y_label + " (log)" if log else y_label).strip())]
     parts += [_line(s, x_axis, y_axis) for s in drawn]
     return _figure("".join(parts), HEIGHT, title, [(s.label, s.style) for s in drawn])
 

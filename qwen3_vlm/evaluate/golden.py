@@ -61,19 +61,18 @@ class GoldenDiff:
         return asdict(self)
 
     def to_text(self) -> str:
-        """For a terminal: a summary line, then each change."""
+        """For a terminal: a summary line, then each change; control characters are spelled out."""
         common = len(self.changed) + self.unchanged
         lines = [
             f"{len(self.changed)} of {common} answers changed; exact matches {self.exact_a} → {self.exact_b}.",
-            *(f"only in the first: {name}" for name in self.only_in_a),
-            *(f"only in the second: {name}" for name in self.only_in_b),
+            *(f"only in the first: {_printable(name)}" for name in self.only_in_a),
+            *(f"only in the second: {_printable(name)}" for name in self.only_in_b),
         ]
         for old, new in self.changed:
-            mark = {(False, True): "  (now right)", (True, False): "  (no longer right)"}.get(
-                (old.exact, new.exact), ""
-            )
-            lines += ["", f"{new.id}{mark}", f"    reference  {new.reference}"]
-            lines += [f"  − step {old.step:<6} {old.prediction}", f"  + step {new.step:<6} {new.prediction}"]
+            verdict = _VERDICTS.get((old.exact, new.exact), "")
+            lines += ["", f"{_printable(new.id)}{verdict}", f"    reference  {_printable(new.reference)}"]
+            lines += [f"  − step {old.step:<6} {_printable(old.prediction)}"]
+            lines += [f"  + step {new.step:<6} {_printable(new.prediction)}"]
         return "\n".join(lines)
 
 
@@ -193,6 +192,11 @@ def thumbnail_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format=kind, **({"quality": 82} if kind == "jpeg" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _printable(text: str) -> str:
+    """What a model says must not steer the terminal: ESC becomes \\x1b, a line feed \\n."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _persisted_choice(path: Path, first: dict[str, int]) -> list[int]:

@@ -27,6 +27,7 @@ from qwen3_vlm.storage import atomic_write_text
 REPORT_FILE = "report.html"
 TEMPLATE = "report_template.html"
 EVALUATIONS = ("quick_eval", "eval", "final")  # kinds of lines with an evaluation loss
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # as ␛: HTML has no ESC
 _HISTORY = 6  # earlier answers shown of a golden prompt, at most
 _GATE_KEYS = {"shuffled": "min_shuffle_gap", "zero": "min_zero_gap", "noise": "min_noise_gap"}  # of the config
 
@@ -58,7 +59,7 @@ def render_report(run: RunFiles) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["cell"] = cell
     gates = gates_of(run)
-    return environment.from_string(template).render(
+    page = environment.from_string(template).render(
         run=run,
         verdict=verdict_of(run, gates),
         tiles=_tiles(run, gates),
@@ -74,6 +75,7 @@ def render_report(run: RunFiles) -> str:
         costs=_costs(run),
         data=_data_figures(run),
     )
+    return page.translate(_CONTROL_PICTURES)
 
 
 def gates_of(run: RunFiles) -> list[dict[str, Any]]:
@@ -99,8 +101,8 @@ def verdict_of(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> Verdict:
         return Verdict("bad", title, reasons)
     measured = [gate for gate in gates if all(is_number(gate[key]) for key in ("value", "low", "high"))]
     details = [
-        f"Without its own picture the model loses at least {gate['value']:.2f} nats per token "
-        f"({gate['name']}; interval {gate['low']:.2f} … {gate['high']:.2f}; {gate['samples']} samples)."
+        f"Without its own picture the model loses at least {gate['value']:.3f} nats per token "
+        f"({gate['name']}; interval {gate['low']:.3f} … {gate['high']:.3f}; {gate['samples']} samples)."
         for gate in sorted(measured, key=lambda gate: float(gate["value"]))[:1]
     ]
     return Verdict("good", f"The pictures are used: all {len(gates)} gates pass", details)
@@ -219,7 +221,7 @@ def _loss_charts(run: RunFiles) -> list[Markup]:
 def _cost_charts(run: RunFiles) -> list[Markup]:
     train = run.of_kind("train")
     charts = [
-        line_chart([Series(title, _points(train, key), 0)], "optimizer step", "", title)
+        line_chart([Series(title, _points(train, key), 0)], "optimizer step", "", title, straight=key != "grad_norm")
         for key, title in (
             ("tokens_per_second", "Real tokens / s"),
             ("peak_memory_mib", "Peak memory, MiB"),
@@ -318,7 +320,7 @@ def _data_figures(run: RunFiles) -> list[tuple[str, str]]:
         (label, f"{line[key]:,.0f}")
         for key, label in (
             ("samples", "samples evaluated"),
-            ("truncated", "of them too long, turns left out or refused"),
+            ("truncated", "too long: turns left out, or refused"),
             ("zero_label", "without a label"),
             ("label_length_p50", "answer length, median tokens"),
             ("label_length_p90", "answer length, 90th percentile"),

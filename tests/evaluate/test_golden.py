@@ -116,6 +116,14 @@ def test_diff(tmp_path: Path) -> None:
     json.dumps(diff.to_dict())
 
 
+def test_a_diff_can_not_steer_the_terminal(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", item("1\x1b", "ok", 10), item("\x07", "x", 10))
+    b = write(tmp_path / "b", item("1\x1b", "\x1b]0;owned\x07\n \u202e é 猫", 20))
+    text = diff_golden(a, b).to_text()
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert r"\x1b]0;owned\x07\n \u202e é 猫" in text
+
+
 def test_line_separators_within_an_answer_survive(tmp_path: Path) -> None:
     odd = item("1", "one\u2028two\u0085three", 10)
     assert read_golden(write(tmp_path / "a", odd)) == [odd]

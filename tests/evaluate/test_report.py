@@ -105,7 +105,7 @@ def full_run(run: Path, text: str = "a cat") -> Path:
 
 def test_a_finished_run(run: Path) -> None:
     seen = page(full_run(run))
-    for text in ("my-run", "The pictures are used: all 3 gates pass", "1.50 nats per token", "interval 1.20 … 1.80",
+    for text in ("my-run", "The pictures are used: all 3 gates pass", "1.500 nats per token", "interval 1.200 … 1.800",
                  "62.0 %", "58.0 … 66.0 %", "1,234", "1 of 1", "1 min 15 s", "82,445,824", "a cat", "nothing",
                  "missing_image", "torch", "learning_rate: 0.0001", "2.00 → 1.00"):  # fmt: skip
         assert text in seen.text, text
@@ -123,6 +123,14 @@ def test_nothing_is_loaded_and_nothing_runs(run: Path) -> None:
     assert "url(" not in source
     assert "@import" not in source
     assert not re.search(r"https?://", source)
+
+
+def test_control_characters_are_shown_not_sent(run: Path) -> None:
+    full_run(run, "a\x1b[31m\x00cat")
+    page(run)
+    source = (run / "report.html").read_text(encoding="utf-8")
+    assert "␛[31m␀cat" in source
+    assert not [char for char in source if ord(char) < 32 and char not in "\n\t"]
 
 
 def test_only_pictures_as_data_reach_the_browser(run: Path) -> None:
