@@ -30,7 +30,7 @@ NAME_PROMPT = "Name the drawing."
 class DemoSizes:
     """How many pictures of each kind."""
 
-    train: int = 8000
+    train: int = 6000
     unseen: int = 500
     seen: int = 500
     drawings: bool = False

@@ -123,9 +123,11 @@ def _write_results(run_dir: Path, scores: dict[str, Scores]) -> None:
 
 
 def _table(scores: dict[str, Scores]) -> Table:
-    table = Table("test set", "captions", "exact", *KINDS, title="Right, with 95 % intervals")
-    for row in _rows(scores):
-        table.add_row(*(row.get(column, "–") for column in ("test set", "captions", "exact", *KINDS)))
+    """One column per test set, so that it fits a terminal of 80 characters."""
+    rows = _rows(scores)
+    table = Table("", *(f"{row['test set']} ({row['captions']})" for row in rows), title="Right, with 95 % intervals")
+    for line in ("exact", *KINDS):
+        table.add_row(line, *(row.get(line, "–") for row in rows))
     return table
 
 
