@@ -69,7 +69,7 @@ def render_report(run: RunFiles) -> str:
         gate_chart=_gate_chart(gates),
         condition_chart=_condition_chart(run),
         gap_history=_gap_history(run),
-        order=_mapping(run.evidence.get("ablation")).get("order", {}),
+        order=_order(run),
         golden=_golden_view(run),
         tables=[_table(table) for table in run.tables],
         costs=_costs(run),
@@ -105,6 +105,9 @@ def verdict_of(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> Verdict:
         f"({gate['name']}; interval {gate['low']:.3f} … {gate['high']:.3f}; {gate['samples']} samples)."
         for gate in sorted(measured, key=lambda gate: float(gate["value"]))[:1]
     ]
+    broken = [name for name, holds in _order(run).items() if not holds]
+    if broken:
+        details.append(f"The order that a reading model shows does not hold throughout; not so: {', '.join(broken)}.")
     return Verdict("good", f"The pictures are used: all {len(gates)} gates pass", details)
 
 
@@ -238,6 +241,11 @@ def _gate_chart(gates: Sequence[Mapping[str, Any]]) -> Markup:
     thresholds = {gate["threshold"] for gate in gates if is_number(gate["threshold"])}
     title = "Gap: loss − loss(correct)"
     return interval_chart(bars, "nats per token", title, thresholds.pop() if len(thresholds) == 1 else None)
+
+
+def _order(run: RunFiles) -> dict[str, bool]:
+    order = _mapping(_mapping(run.evidence.get("ablation")).get("order"))
+    return {str(name): holds is True for name, holds in order.items()}
 
 
 def _condition_chart(run: RunFiles) -> Markup:

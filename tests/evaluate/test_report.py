@@ -184,6 +184,13 @@ def test_a_failing_gate_is_said_first(run: Path) -> None:
     assert "all 3 gates pass" not in text
 
 
+def test_a_broken_order_is_said_beside_the_verdict(run: Path) -> None:
+    full_run(run)
+    order = {"correct < shuffled": True, "shuffled < zero": False}
+    (run / "connector/evidence.json").write_text(json.dumps({"gates": [gate()], "ablation": {"order": order}}))
+    assert "does not hold throughout; not so: shuffled < zero." in page(run).text
+
+
 @pytest.mark.parametrize(("low", "samples", "kind"), [(0.2, 256, "good"), (-0.1, 256, "bad"), (0.2, 100, "bad")])
 def test_gates_while_training_come_from_the_last_ablation_line(run: Path, low: float, samples: int, kind: str) -> None:
     names = ("shuffled", "zero", "noise")
