@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from qwen3_vlm.config import OptimConfig, RunConfig, to_dict
+from qwen3_vlm.data.captions import expand_paths
 from qwen3_vlm.data.collate import Batch
-from qwen3_vlm.errors import DataError, ModelError
+from qwen3_vlm.errors import ConfigError, DataError, ModelError
 from qwen3_vlm.train.add_ons import load_connector
 from qwen3_vlm.train.checkpoint import Checkpoints, require_same_run, restore_optimizer, run_identity
 from qwen3_vlm.train.data_source import empty_micro_batch, open_data
@@ -99,9 +101,12 @@ def train(config: RunConfig, *, cache_dir: Path | None = None) -> TrainResult:
 def start_run(config: RunConfig, cache_dir: Path | None = None) -> Run:
     """Everything that a run needs, from its newest checkpoint on if there is one."""
     accelerator, remark = make_accelerator(config)
+    if config.data.feature_cache and accelerator.distributed_type == DistributedType.FSDP:
+        raise ConfigError("data.feature_cache needs whole weights on each process: leave it out with FSDP, or use DDP.")
     folder = open_folder(config, accelerator)
     log = RunLog(folder, active=accelerator.is_main_process, tensorboard=config.tensorboard)
 
+    expand_paths(config.data.train + config.data.eval)  # a missing file is said before large bases are loaded
     model, processor = build_model(config.model, config.seed)
     stage = get_stage(config.stage)
     table = apply_stage(model, stage)
