@@ -263,8 +263,6 @@ def _collect_batch(model: Any, batch: Batch, collected: _Collected, max_samples:
 
 def image_embeddings(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     """I × (N, D): what the connector makes of a batch's pixels or cached patch embeddings."""
-    if "patch_embeddings" in inputs:
-        return list(model.model.connect(inputs["patch_embeddings"], inputs.get("pixel_attention_mask")))
     return list(model.get_image_features(**inputs).pooler_output)
 
 

@@ -136,13 +136,22 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
 
     def get_image_features(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        patch_embeddings: Tensor | None = None,
         return_dict: bool = True,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        """Encode pictures once: `pooler_output` holds one (N, D) entry per image, ready for `mm_encoder_outputs`."""
-        patches = self.encode_patches(pixel_values, pixel_attention_mask, spatial_shapes)
+        """Encode pictures once: `pooler_output` holds one (N, D) entry per image, ready for `mm_encoder_outputs`.
+
+        Give pixels, or the tower's output (I, P, Dv) as `patch_embeddings`.
+        """
+        if (pixel_values is None) == (patch_embeddings is None):
+            raise ValueError("Give exactly one of pixel_values and patch_embeddings.")
+        patches = patch_embeddings
+        if pixel_values is not None:
+            patches = self.encode_patches(pixel_values, pixel_attention_mask, spatial_shapes)
+        assert patches is not None  # one of the two was given
         embeddings = self.connect(patches, pixel_attention_mask)
         entries: Any = list(embeddings)  # one per image, as generate() repeats them for beams
         outputs = BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=entries)
@@ -177,14 +186,10 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
         ]
         if len(given) > 1:
             raise ValueError(f"The pictures are given twice, as {' and as '.join(given)}; give them once.")
-        image_embeddings = None
-        if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            image_embeddings = torch.stack(list(_entries(mm_encoder_outputs["image"])))
-        elif patch_embeddings is not None:
-            image_embeddings = self.connect(patch_embeddings, pixel_attention_mask)
-        elif pixel_values is not None:
-            patches = self.encode_patches(pixel_values, pixel_attention_mask, spatial_shapes)
-            image_embeddings = self.connect(patches, pixel_attention_mask)
+        encoded: Any = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None or patch_embeddings is not None:
+            encoded = self.get_image_features(pixel_values, pixel_attention_mask, spatial_shapes, patch_embeddings)
+        image_embeddings = None if encoded is None else torch.stack(list(encoded.pooler_output))
         inputs_embeds = self._inject(input_ids, inputs_embeds, image_embeddings)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -369,10 +374,6 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
 def _without_cache(kwargs: dict[str, Any], graded: bool) -> dict[str, Any]:
     """A cache is of no use where labels are graded, and packed positions are only recognised without one."""
     return {"use_cache": False, **kwargs} if graded else kwargs
-
-
-def _entries(outputs: BaseModelOutputWithPooling) -> Any:
-    return outputs.pooler_output
 
 
 def _count_mismatch(is_image: Tensor, num_images: int, num_latents: int) -> str:
