@@ -21,6 +21,7 @@ import torch
 from length_mix import make_samples
 from measuring import (
     PeakMemory,
+    checkpoint_layers,
     connector_flops,
     llm_flops,
     matmul_peak,
@@ -75,13 +76,12 @@ def build_model(options: argparse.Namespace) -> Any:
     """Both bases in bf16 and a fresh connector, recomputing its decoder layers in the backward pass."""
     llm = random_frozen(lambda: Qwen3ForCausalLM(qwen3_8b(options)), torch.bfloat16)
     tower = random_frozen(lambda: SiglipVisionModel(so400m(options)), torch.bfloat16, seed=1)
+    checkpoint_layers(llm)
+    for layer in llm.model.layers[: options.kept_layers]:
+        layer.gradient_checkpointing = False
     torch.manual_seed(0)
     model = join(llm, tower, image_token_id=IMAGE_TOKEN_ID, num_latents=LATENTS)
     print(format_table(apply_stage(model, get_stage("stage1_align"))), flush=True)
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch({"use_reentrant": False})
-    for number, layer in enumerate(model.model.language_model.layers):
-        layer.gradient_checkpointing = number >= options.kept_layers
     return model
 
 

@@ -29,7 +29,7 @@ MATMUL_SIZES = ((512, 4096, 4096), (1024, 1024, 3072), (2048, 2048, 2048))  # ro
 class PeakMemory:
     """Largest resident memory of this process between enter and exit, sampled every few milliseconds, in bytes."""
 
-    def __init__(self, interval_seconds: float = 0.002) -> None:
+    def __init__(self, interval_seconds: float = 0.005) -> None:
         self.interval_seconds = interval_seconds
         self.start = self.peak = 0
         self._stop = threading.Event()
@@ -97,6 +97,12 @@ def random_frozen(build: Callable[[], nn.Module], dtype: torch.dtype, *, seed: i
     if hasattr(module, "tie_weights"):
         module.tie_weights()
     return module
+
+
+def checkpoint_layers(llm: Any) -> None:
+    """Recompute each decoder layer in the backward pass, as `model.gradient_checkpointing` does in a run."""
+    enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _fill(values: torch.Tensor, block: torch.Tensor, offset: int) -> None:

@@ -23,11 +23,12 @@ def run(script: str, out: Path, *arguments: object) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_stage1_step_compares_the_same_losses(tmp_path: Path) -> None:
-    sizes = ["--layers", 1, "--width", 128, "--vocab-size", 512, "--patches", 9, "--samples", 6]
+    sizes = ["--layers", 1, "--width", 128, "--vocab-size", 512, "--patches", 9, "--samples", 6, "--batch-size", 4]
     result = run("stage1_step.py", tmp_path / "result.json", *sizes)
     ours, usual = result["ours"], result["usual"]
     assert ours["real_tokens"] == usual["real_tokens"]
     assert result["loss_difference"] < 0.02
+    assert ours["positions_per_real_token"] < usual["positions_per_real_token"]
     assert result["speed_ratio"] > 0
     assert 0 < ours["utilisation"] < 2
 
