@@ -70,13 +70,14 @@ class WidenedLinear(nn.Linear):
 class _WidenedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
+        # Not save_for_backward: a layer recomputed by checkpointing stops once all *saved* tensors are back, and a
+        # frozen parameter needs no recomputing. So the last product of each layer is not made again.
+        ctx.weight = weight
         return matmul_transposed(hidden, weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return matmul(grad_outputs[0], weight), None
+        return matmul(grad_outputs[0], ctx.weight), None
 
 
 def compute_in_fp32(module: nn.Module) -> None:
