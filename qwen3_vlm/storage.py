@@ -100,6 +100,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
                     _flush(Path(folder) / name)
                 _flush(Path(folder))
             _replace_directory(temporary, final)
+        except StorageError as problem:  # of a file inside, which is known under the final name only
+            raise StorageError(str(problem).replace(str(temporary), str(final))) from problem
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -134,6 +134,11 @@ def test_a_disk_that_is_really_full(full_disk: Path) -> None:
         storage.atomic_file(full_disk / "new.safetensors") as temporary,
     ):
         safetensors.torch.save_file({"a": torch.zeros(50_000)}, temporary)
+    with (
+        pytest.raises(StorageError, match=r"/new/big\.bin could not be written because the disk is full"),
+        storage.atomic_directory(full_disk / "new") as folder,
+    ):
+        storage.atomic_write_bytes(folder / "big.bin", bytes(200_000))
     assert names(full_disk) == ["old.txt"]
     assert (full_disk / "old.txt").read_text() == "old"
 

@@ -19,6 +19,7 @@ from qwen3_vlm.data.splits import load_split, pick_stratified, save_split, split
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.fingerprint import fingerprint_dataset
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
+from qwen3_vlm.train.signals import leave_to_parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +65,18 @@ class DataSource:
 
     def train_batches(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Batch]:
         """These micro-batches, in order, read by worker processes."""
-        loader = batch_loader(
-            self.train.records, self.encoder, self.train_collator, micro_batches, self.config.num_workers
-        )
-        return iter(loader)
+        return self._iterate(self.train, self.train_collator, micro_batches)
 
     def eval_batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         """Padded batches, one sample a row, of these evaluation records."""
         starts = range(0, len(indices), batch_size)
         rows = [tuple((index,) for index in indices[start : start + batch_size]) for start in starts]
-        return iter(batch_loader(self.eval.records, self.encoder, self.eval_collator, rows, self.config.num_workers))
+        return self._iterate(self.eval, self.eval_collator, rows)
+
+    def _iterate(self, part: Part, collator: Collator, rows: Sequence[MicroBatch]) -> Iterator[Batch]:
+        loader = batch_loader(part.records, self.encoder, collator, rows, self.config.num_workers)
+        loader.worker_init_fn = leave_to_parent
+        return iter(loader)
 
 
 def open_data(

@@ -169,7 +169,7 @@ def feature_cache(
     bases: Mapping[str, Any],
     refs: Iterable[ImageRef],
 ) -> FeatureCache:
-    """The tower's outputs for these pictures on disk; the main process makes what is not there yet."""
+    """The tower's outputs for these pictures on disk; the main process, which comes first, makes what is missing."""
     tower: Any = model.model.vision_tower
     tower.to(accelerator.device)
     parts = (bases["vision_tower"]["fingerprint"]["sha256"], str(bases["image_processor"]), str(tower.dtype))
@@ -189,7 +189,6 @@ def feature_cache(
             num_workers=config.data.num_workers,
         )
         print(f"feature cache: {report.encoded:,} pictures encoded, {report.already:,} already there", flush=True)
-    accelerator.wait_for_everyone()
     return FeatureCache(folder, fingerprint)
 
 

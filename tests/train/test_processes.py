@@ -24,10 +24,9 @@ def command(config: Path, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "qwen3_vlm", "train", str(config), *overrides]
 
 
-def start(config: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(config), cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(config, *overrides), cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
@@ -50,7 +49,10 @@ def arguments(
 
 @pytest.mark.slow
 def test_killed_and_stopped_anywhere_ends_the_same(arguments: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """kill -9 at random moments, then SIGTERM (exit status 0), then to the end: the same bits as uninterrupted."""
+    """kill -9 at random moments, then SIGTERM (exit status 0), then to the end: the same bits as uninterrupted.
+
+    SIGTERM goes to the whole process group, data workers included, as a scheduler sends it.
+    """
     settings: dict[str, Any] = {"optim__max_steps": STEPS, "save_every": 5, "log_every": 1, "eval__quick_every": 7}
     settings |= {"eval__golden_samples": 1, "eval__golden_max_new_tokens": 1}
     from qwen3_vlm.train.train_utils import train
@@ -60,10 +62,10 @@ def test_killed_and_stopped_anywhere_ends_the_same(arguments: tuple[Path, Path, 
     config = write_config(tmp_path / "run.yaml", tiny_config(run, *arguments, **settings))
     chance = random.Random()
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
-        process = start(config)
+        process = start(config, f"data.num_workers={int(number == signal.SIGTERM)}")
         wait_for_steps(process, run, chance.randint(4, 9))
         time.sleep(chance.random() * 0.05)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == (0 if number == signal.SIGTERM else -9), output
     assert "Stopped by a signal and saved at step" in output

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -302,6 +303,29 @@ def test_feature_cache_gives_the_same_run(bases: Bases, whole_run: Path, tmp_pat
     result = train(bases.config(tmp_path / "run", data__feature_cache=str(tmp_path / "features")))
     assert result.step == 8
     assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(metrics(whole_run)[0]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_half_precision_bases_under_autocast(
+    bases: Bases, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """What a GPU does: bases in bf16, connector in fp32, bf16 autocast; losses agree to bf16's rounding."""
+    for place in ("qwen3_vlm.train.run", "qwen3_vlm.models.precision"):
+        monkeypatch.setattr(f"{place}.bf16_is_fast", lambda device: True)
+    half: dict[str, Any] = {"model__dtype": "bfloat16", "optim__mixed_precision": "bf16", "optim__max_steps": 2}
+    result = train(bases.config(tmp_path / "run", **half, model__gradient_checkpointing=checkpointing))
+    assert result.evidence is not None
+    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(metrics(whole_run)[0]["loss"], rel=0.02)
+    tensors = safetensors.torch.load_file(tmp_path / "run" / "connector" / "connector.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_slow_half_precision_is_left_out_and_said(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qwen3_vlm.train.run.bf16_is_fast", lambda device: False)
+    train(bases.config(tmp_path / "run", optim__mixed_precision="bf16", optim__max_steps=1))
+    assert "No bf16 autocast" in capsys.readouterr().out
 
 
 def test_no_training_data_is_a_sentence(bases: Bases, tmp_path: Path) -> None:
