@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_vlm.demo.world import BACKGROUND_WORDS, COUNT_WORDS, NAMES, SIZE_WORDS, plural
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio, wilson_interval
@@ -54,14 +55,14 @@ def count_right(kind: str, prediction: Facts, reference: Facts) -> tuple[int, in
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares of right captions and right facts, with bootstrap intervals over captions."""
+    """Shares of right captions and right facts, with 95 % intervals."""
 
     captions: int
     exact: Interval
     facts: dict[str, Interval]
 
     def row(self, title: str) -> dict[str, str]:
-        """One line of a results table."""
+        """One line of a results table: per cent, with its interval."""
         cells = {"test set": title, "captions": str(self.captions), "exact": _percent(self.exact)}
         return cells | {kind: _percent(interval) for kind, interval in self.facts.items()}
 
@@ -75,9 +76,17 @@ def score(predictions: Sequence[str], references: Sequence[str], seed: int = 0) 
         counts = np.array([count_right(kind, read_facts(said), read_facts(true)) for said, true in pairs], dtype=float)
         counts = counts[counts[:, 1] > 0]
         if len(counts):
-            facts[kind] = bootstrap_ratio(counts[:, 0], counts[:, 1], confidence=0.95, samples=2000, seed=seed)
+            facts[kind] = _share(counts[:, 0], counts[:, 1], seed)
     return Scores(len(exact), wilson_interval(int(exact.sum()), len(exact)), facts)
 
 
+def _share(right: NDArray[np.float64], of: NDArray[np.float64], seed: int) -> Interval:
+    """Facts of one caption stand or fall together, so captions are resampled; where all captions agree,
+    resampling would claim certainty, and Wilson's interval over captions is taken instead."""
+    if (right == of).all() or not right.any():
+        return wilson_interval(int((right == of).sum()), len(of))
+    return bootstrap_ratio(right, of, confidence=0.95, samples=2000, seed=seed)
+
+
 def _percent(interval: Interval) -> str:
-    return f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{100 * interval.value:.1f} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"

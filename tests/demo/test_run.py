@@ -16,23 +16,28 @@ from qwen3_vlm.errors import GateError
 SMALL = DemoSizes(train=30, unseen=20, seen=10)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("demo") / "data", SMALL)
+
+
 def objects_of(caption: str) -> set[str]:
     """The objects that a caption names one by one (groups of the same thing form no pair)."""
     return set(caption.replace(",", "").split()) & set(NAMES)
 
 
-def test_the_data_set_is_the_same_each_time_and_is_kept(tmp_path: Path) -> None:
-    first, second = build(tmp_path / "a", SMALL), build(tmp_path / "b", SMALL)
+def test_the_data_set_is_the_same_each_time_and_is_kept(folder: Path, tmp_path: Path) -> None:
+    first, second = folder, build(tmp_path / "b", SMALL)
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert len(files) > 60 + len(NAMES)
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
     before = (first / "train.json").stat().st_mtime_ns
     assert (build(first, SMALL) / "train.json").stat().st_mtime_ns == before
-    assert (build(tmp_path / "c", SMALL, seed=1) / "train.json").read_bytes() != (first / "train.json").read_bytes()
+    other = build(tmp_path / "c", DemoSizes(train=5, unseen=2, seen=2), seed=1)
+    assert json.loads((other / "train.json").read_text()) != json.loads((first / "train.json").read_text())[:5]
 
 
-def test_the_files_keep_held_out_pairs_apart_and_hold_their_pictures(tmp_path: Path) -> None:
-    folder = build(tmp_path / "data", SMALL)
+def test_the_files_keep_held_out_pairs_apart_and_hold_their_pictures(folder: Path) -> None:
     for name, expected in (("train", False), ("heldout_seen", False), ("heldout_unseen", True)):
         for record in json.loads((folder / f"{name}.json").read_text()):
             named = objects_of(record["conversations"][1]["value"])
@@ -42,8 +47,7 @@ def test_the_files_keep_held_out_pairs_apart_and_hold_their_pictures(tmp_path: P
     assert "CC BY-SA" in (folder / "ATTRIBUTION.txt").read_text()
 
 
-def test_no_test_picture_is_a_training_picture(tmp_path: Path) -> None:
-    folder = build(tmp_path / "data", SMALL)
+def test_no_test_picture_is_a_training_picture(folder: Path) -> None:
     pixels = {
         part: {np.asarray(Image.open(path)).tobytes() for path in (folder / "images" / part).iterdir()}
         for part in ("train", "unseen", "seen")
@@ -58,8 +62,7 @@ def test_the_configuration_points_below_the_runs_folder(tmp_path: Path) -> None:
     assert (Path(config.model.llm) / "config.json").is_file()
 
 
-def test_test_sets_are_read_back(tmp_path: Path) -> None:
-    folder = build(tmp_path / "data", SMALL)
+def test_test_sets_are_read_back(folder: Path) -> None:
     for name in TESTS:
         test = read_test_set(folder / f"heldout_{name}.json")
         assert len(test.pictures) == len(test.captions) > 0
