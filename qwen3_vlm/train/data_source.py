@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen3_vlm.config import DataConfig, RunConfig
-from qwen3_vlm.data.captions import Records, open_records
+from qwen3_vlm.data.captions import Records, expand_paths, open_records
 from qwen3_vlm.data.collate import Batch, Collator
 from qwen3_vlm.data.encode import LengthTable, SampleEncoder, SkippedRecord, lengths
 from qwen3_vlm.data.features import FeatureCache
@@ -79,6 +79,17 @@ class DataSource:
         return iter(loader)
 
 
+def check_data_paths(config: DataConfig) -> None:
+    """Say that a record file is missing before large bases are loaded.
+
+    Raises:
+        DataError: `train` is empty, or a name in it or in `eval` matches nothing.
+    """
+    if not config.train:
+        raise DataError("The config names no training data: set data.train to a file, folder or glob.")
+    expand_paths(config.train + config.eval)
+
+
 def open_data(
     config: RunConfig,
     processor: Qwen3VLMProcessor,
@@ -96,8 +107,6 @@ def open_data(
         DataError: files that can't be used, too many bad records, or nothing left to train on.
     """
     data = config.data
-    if not data.train:
-        raise DataError("The config names no training data: set data.train to a file, folder or glob.")
     encoder = SampleEncoder(processor, data.max_seq_len)
 
     def measure(paths: Sequence[str]) -> tuple[Records, LengthTable]:

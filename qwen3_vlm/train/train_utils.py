@@ -24,12 +24,11 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from qwen3_vlm.config import OptimConfig, RunConfig, to_dict
-from qwen3_vlm.data.captions import expand_paths
 from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.errors import ConfigError, DataError, ModelError
 from qwen3_vlm.train.add_ons import load_connector
 from qwen3_vlm.train.checkpoint import Checkpoints, require_same_run, restore_optimizer, run_identity
-from qwen3_vlm.train.data_source import empty_micro_batch, open_data
+from qwen3_vlm.train.data_source import check_data_paths, empty_micro_batch, open_data
 from qwen3_vlm.train.evaluations import Evaluations
 from qwen3_vlm.train.identity import describe_bases
 from qwen3_vlm.train.run import (
@@ -106,7 +105,7 @@ def start_run(config: RunConfig, cache_dir: Path | None = None) -> Run:
     folder = open_folder(config, accelerator)
     log = RunLog(folder, active=accelerator.is_main_process, tensorboard=config.tensorboard)
 
-    expand_paths(config.data.train + config.data.eval)  # a missing file is said before large bases are loaded
+    check_data_paths(config.data)
     model, processor = build_model(config.model, config.seed)
     stage = get_stage(config.stage)
     table = apply_stage(model, stage)

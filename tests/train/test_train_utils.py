@@ -112,6 +112,27 @@ def test_splits_agree_to_1e_6(tiny_vlm: tuple[Any, Any], records: Path) -> None:
             assert float((gradient - found[0][name]).abs().max()) / scale < 1e-6, name
 
 
+def sample_losses(vlm: tuple[Any, Any], records: Path, rows: Sequence[Any], packing: bool) -> dict[str, float]:
+    """Sample id → summed loss of its tokens."""
+    model, processor = vlm
+    found: dict[str, float] = {}
+    for batch in batches(processor, records, rows, packing):
+        losses = model.eval().token_losses(**batch.inputs)
+        for name, (row, start, stop) in zip(batch.sample_ids, batch.spans, strict=True):
+            inside = (losses.row == row) & (losses.position >= start) & (losses.position < stop - 1)
+            found[name] = float(losses.loss[inside].sum())
+    return found
+
+
+@pytest.mark.parametrize("split", [name for name in SPLITS if "one sample" not in name])
+def test_a_sample_loses_the_same_wherever_it_stands(tiny_vlm: tuple[Any, Any], records: Path, split: str) -> None:
+    """Packed or padded, beside whichever others: as if it stood alone, to 1e-5 per token."""
+    alone = sample_losses(tiny_vlm, records, *SPLITS["one sample at a time"])
+    found = sample_losses(tiny_vlm, records, *SPLITS[split])
+    assert found.keys() == alone.keys()
+    assert all(found[name] == pytest.approx(alone[name], rel=1e-5) for name in alone)
+
+
 def test_audit_after_a_real_backward(tiny_vlm: tuple[Any, Any], records: Path) -> None:
     model, _ = tiny_vlm
     gradients(tiny_vlm, records, *SPLITS["packed in one row"])
