@@ -49,7 +49,7 @@ $(BIN)/python:
 # pip's own log is shown only when it fails. torch is named first and exactly, so that pip takes that build.
 define install
 	@echo "Installing $(1) into $(VENV) (pinned in constraints.txt; a minute or two) ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt $(TORCH) -e "$(2)" \
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt $(TORCH) -e "$(2)" \
 	    > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; echo "The installation failed; its log is above."; exit 1; }
 	@touch $@
 endef

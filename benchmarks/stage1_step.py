@@ -151,10 +151,10 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     tokens = sum(len(loaded.sample.input_ids) for loaded in samples)
     graded = sum(loaded.sample.answer_length for loaded in samples)
     per_step = graded * options.accumulation / len(steps)
-    losses, seconds, positions = 0.0, 0.0, 0
+    losses, seconds, cpu_seconds, positions = 0.0, 0.0, 0.0, 0
     with PeakMemory() as memory:
         for number, step in enumerate([warm_up[0], *steps]):
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 loss, computed = step()
             (loss / per_step).backward()
@@ -163,6 +163,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
                 optimizer.zero_grad(set_to_none=True)
             if number:  # the first one warms up
                 seconds += time.perf_counter() - begin
+                cpu_seconds += time.process_time() - cpu_begin
                 losses += loss.item()
                 positions += computed
     lengths = [len(loaded.sample.input_ids) for loaded in samples]
@@ -171,6 +172,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,  # of all threads: tells a busy machine from slow code
         "peak_mib_over_model": (memory.peak - memory.start) / 2**20,
         "loss": losses / graded,
         "useful_flops_per_second": flops / seconds,
