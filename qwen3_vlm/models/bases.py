@@ -92,6 +92,7 @@ def join(text_model: Any, tower: Any, *, image_token_id: int, **connector: Any) 
     if must_widen(head.weight):
         for base in (tower, text_model):
             compute_in_fp32(base)
+        model.model.widened = True
     model.generation_config = GenerationConfig.from_model_config(text_model.config)
     return model
 
@@ -104,7 +105,7 @@ def set_generation_defaults(model: Qwen3VLMForConditionalGeneration, processor: 
 
 def _config(name: str | Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(name))
+        return AutoConfig.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name} is neither a model folder nor a hub id that can be read: {_first_line(error)}"
@@ -129,7 +130,7 @@ def _load(
                 output_loading_info=True,
                 **kwargs,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"The model {name} can't be loaded: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:

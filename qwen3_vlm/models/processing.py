@@ -91,7 +91,7 @@ class Qwen3VLMProcessor(ProcessorMixin):
     ) -> "Qwen3VLMProcessor":
         """Join the LLM's tokenizer and the tower's image processor (hub ids or local folders)."""
         tokenizer = AutoTokenizer.from_pretrained(str(llm), trust_remote_code=trust_remote_code)
-        image_processor = AutoImageProcessor.from_pretrained(str(vision_tower), backend="pil")
+        image_processor = AutoImageProcessor.from_pretrained(str(vision_tower), backend="pil", trust_remote_code=False)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(image_processor, tokenizer, num_image_tokens=num_image_tokens)

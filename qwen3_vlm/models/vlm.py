@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration import Qwen3VLMConfig
 from .losses import chunked_cross_entropy, linear_cross_entropy, supervised_positions
-from .precision import must_widen
+from .precision import WidenedLinear
 from .projector import MLPProjector
 from .resampler import PerceiverResampler
 
@@ -69,6 +69,12 @@ class Qwen3VLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the language model's weights: the tower and the connector may have others."""
+        table: Any = self.get_input_embeddings()
+        return table.weight.dtype
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh connector weights; the bases' own classes take care of theirs."""
@@ -85,7 +91,12 @@ class Qwen3VLMPreTrainedModel(PreTrainedModel):
 
 
 class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
-    """Tower, connector and language model without its head."""
+    """Tower, connector and language model without its head.
+
+    `widened` is set where the bases are stored in 16 bits and multiplied in fp32 (see `precision`).
+    """
+
+    widened = False
 
     def __init__(self, config: Qwen3VLMConfig) -> None:
         super().__init__(config)
@@ -217,7 +228,7 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
         # <image_patch> may have no row of its own; its lookup is replaced anyway.
         table: Any = self.get_input_embeddings()
         text = table(input_ids.masked_fill(is_image, 0))
-        if must_widen(table.weight):
+        if self.widened:
             text = text.float()
         if images is None:
             if input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and bool(is_image.any()):
@@ -238,13 +249,12 @@ class Qwen3VLMModel(Qwen3VLMPreTrainedModel):
 class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin):
     """The model with the LLM's own head: it captions, answers and chats about pictures."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
-
     def __init__(self, config: Qwen3VLMConfig) -> None:
         super().__init__(config)
         self.model = Qwen3VLMModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{_embedding_name(self.model)}"}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -356,8 +366,8 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The head, followed by what the LLM's family does to its logits."""
-        weight = self.lm_head.weight
-        logits = self.lm_head(hidden if must_widen(weight) else hidden.to(weight.dtype))
+        head: Any = self.lm_head
+        logits = head(hidden if isinstance(head, WidenedLinear) else hidden.to(head.weight.dtype))
         for name, value in self._logit_rules().items():
             if name == "final_logit_softcapping":  # Gemma 2
                 logits = torch.tanh(logits / value) * value
@@ -369,6 +379,13 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
         names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         rules = {name: getattr(self.config.text_config, name, None) for name in names}
         return {name: value for name, value in rules.items() if value is not None}
+
+
+def _embedding_name(model: Qwen3VLMModel) -> str:
+    """Families call their embedding `embed_tokens`, `wte`, `word_embeddings` …: ask by identity."""
+    table: Any = model.get_input_embeddings()
+    named = model.language_model.named_parameters()
+    return next(name for name, parameter in named if parameter is table.weight)
 
 
 def _without_cache(kwargs: dict[str, Any], graded: bool) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from qwen3_vlm.train.checkpoint import Checkpoints, require_same_run, restore_op
 from qwen3_vlm.train.data_source import check_data_paths, empty_micro_batch, open_data
 from qwen3_vlm.train.evaluations import Evaluations
 from qwen3_vlm.train.identity import describe_bases
+from qwen3_vlm.train.packing_check import check_packing
 from qwen3_vlm.train.run import (
     Run,
     adopt_state,
@@ -136,6 +137,8 @@ def start_run(config: RunConfig, cache_dir: Path | None = None) -> Run:
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model))
     bare = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
     evaluations = Evaluations(config, accelerator, bare, processor, data, folder)
+    if config.data.packing:
+        check_packing(bare)
     run = Run(
         config, folder, accelerator, stage, bare, wrapped, optimizer, bases, data, plan, checkpoints, evaluations, log
     )

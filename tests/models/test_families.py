@@ -9,10 +9,17 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Siglip2Config,
@@ -38,6 +45,9 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 0,
 }
 FAMILIES: dict[str, Any] = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY_ROWS, n_embd=32, n_layer=2, n_head=4)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY_ROWS, hidden_size=32, n_layer=2, n_head=4)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0)),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0, embedding_multiplier=2.0)),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES)),
@@ -49,7 +59,7 @@ def test_text_logits_and_loss_are_those_of_the_family(family: str, tmp_path: Pat
     torch.manual_seed(0)
     FAMILIES[family]().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    attention = "eager" if family == "gemma2" else "sdpa"  # Gemma 2 caps attention scores too
+    attention = "eager" if family in ("gemma2", "bloom") else "sdpa"  # these have no SDPA
     base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=attention).eval()
     model, _ = load_bases(
         tmp_path, tiny_tower_dir, dtype=torch.float32, attn_implementation=attention, **TINY_CONNECTOR
@@ -58,6 +68,11 @@ def test_text_logits_and_loss_are_those_of_the_family(family: str, tmp_path: Pat
     model.eval()
     torch.testing.assert_close(model(input_ids=ids).logits, base(input_ids=ids).logits)
     torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, base(input_ids=ids, labels=ids).loss)
+    model.save_pretrained(tmp_path / "saved")
+    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert again.config.tie_word_embeddings is base.config.tie_word_embeddings
+    torch.testing.assert_close(again.eval()(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
 def test_naflex_tower_reads_pictures_of_any_shape(tiny_llm_dir: Path, tmp_path: Path) -> None:

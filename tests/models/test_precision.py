@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from qwen3_vlm.models import precision
 from qwen3_vlm.models.bases import load_bases
@@ -66,6 +67,23 @@ def test_a_whole_model_in_bf16_storage_equals_its_fp32_copy(tiny_llm_dir: Path, 
     torch.testing.assert_close(*losses)
     assert narrow.lm_head.weight.dtype == torch.bfloat16
     narrow.eval().generate(**inputs, max_new_tokens=3)
+
+
+def test_a_model_loaded_by_transformers_in_bf16_runs_as_it_is(tiny_vlm: tuple[Any, Any], tmp_path: Path) -> None:
+    """Its matmuls are slow on such a CPU, but right."""
+    tiny_vlm[0].save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    ids = torch.tensor([tiny_vlm[1].encode_prompt([{"role": "user", "content": "<image_patch>\ndescribe"}])])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+    assert model(**inputs).logits.dtype == torch.bfloat16
+    assert model(**inputs, labels=ids).loss.isfinite()
+    model.generate(**inputs, max_new_tokens=2)
+
+
+def test_bf16_storage_stays_bf16_on_disk(tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> None:
+    model, _ = load_bases(tiny_llm_dir, tiny_tower_dir, dtype=torch.bfloat16, **TINY_CONNECTOR)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path).lm_head.weight.dtype == torch.bfloat16
 
 
 def test_gpus_are_left_alone() -> None:
