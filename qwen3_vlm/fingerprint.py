@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,29 @@ _CONFIG_KEYS = (
     "attention_bias",
     "tie_word_embeddings",
     "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "num_experts_per_tok",
+    "norm_topk_prob",
     "image_size",
     "patch_size",
     "num_channels",
     "num_patches",
 )
+# Values that change nothing: the same as not having the key, as a config has it from an older library.
+_NEUTRAL: dict[str, Any] = {"use_sliding_window": False}
+_NEUTRAL |= dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+_WINDOW_KEYS = ("sliding_window", "max_window_layers")  # without effect where use_sliding_window is false
 _BITS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8}
 _BITS |= {f"{kind}{bits}": bits for kind in "IU" for bits in (8, 16, 32, 64)}
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -61,6 +80,7 @@ _DTYPE_NAMES = {torch_name: name for name, torch_name in _TORCH_NAMES.items()} |
     **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
     **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py")
 _PROBE = "The 3 cats' café:\n\n  1234567 kg, naïve?! 图片 — “ok”\tEND_of\r\n🙂🙂 def f(x): return x**2"
 
 
@@ -150,30 +170,58 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any], label: st
     return lines or [f"{label}: sha256 {expected.get('sha256')} in the add-on, {found.get('sha256')} here"]
 
 
-def resolve_folder(source: str | Path, *, what: str = "model", patterns: tuple[str, ...] | None = None) -> Path:
-    """The local folder of a base: the folder itself, or the cached (else downloaded) snapshot of a hub id.
+def resolve_folder(
+    source: str | Path,
+    *,
+    what: str = "model",
+    patterns: tuple[str, ...] = _MODEL_FILES,
+    required: tuple[str, ...] = (),
+    download: bool = True,
+) -> Path:
+    """The local folder of a base: the folder itself, or the snapshot of a hub id in the cache, downloaded if need be.
+
+    Args:
+        patterns: of the files to download.
+        required: names that a snapshot must have; none means config.json and the weights of a model.
+        download: false looks on this machine only.
 
     Raises:
-        ModelError: it is neither a folder nor a hub id that can be had.
+        ModelError: it is neither a folder nor a hub id that can be had, or its snapshot lacks files.
     """
-    if Path(source).is_dir():
-        return Path(source)
+    name = str(source)
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"The {what} {name} can't be read: there is no such folder.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    wanted = list(patterns or ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.py"))
-    try:
+    lacking: list[str] = []
+    for local in (True, False) if download else (True,):
         try:
-            return Path(snapshot_download(str(source), allow_patterns=wanted, local_files_only=True))
-        except (OSError, ValueError) as problem:
-            if isinstance(problem, HFValidationError):
-                raise
-            return Path(snapshot_download(str(source), allow_patterns=wanted))
-    except Exception as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise ModelError(
-            f"The {what} {source!s} is neither a local folder nor a hub repository that can be loaded ({reason})."
-        ) from problem
+            folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=local))
+        except Exception as problem:
+            if local and download and isinstance(problem, OSError):  # not in the cache
+                continue
+            reason = textwrap.shorten(str(problem), 200, placeholder=" …")
+            raise ModelError(
+                f"The {what} {name} is neither a local folder nor a hub repository that can be loaded ({reason})."
+            ) from problem
+        lacking = [file for file in required if not (folder / file).is_file()] if required else _lacking(folder)
+        if not lacking:
+            return folder
+    raise ModelError(
+        f"The {what} {name} is incomplete in the hub's cache on this machine: it lacks {', '.join(lacking[:3])}"
+        f"{f' and {len(lacking) - 3} more files' if len(lacking) > 3 else ''}. Download it again."
+    )
+
+
+def _lacking(folder: Path) -> list[str]:
+    """What a snapshot needs to be a whole model and does not have: config.json, weights that its index names."""
+    lacking = [] if (folder / "config.json").is_file() else ["config.json"]
+    try:
+        return lacking + [file.name for file in safetensors_files(folder) if not file.is_file()]
+    except ModelError:  # unless it has pickled weights, which transformers alone reads
+        return lacking if any(folder.glob("*.bin")) else [*lacking, "model.safetensors"]
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -240,8 +288,12 @@ def _part(name: str) -> str:
 
 
 def _normal_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that decide the computation; rope settings in one spelling, `None` left out."""
-    normal = {key: config[key] for key in _CONFIG_KEYS if config.get(key) is not None}
+    """The keys that decide the computation; rope settings in one spelling, what changes nothing left out."""
+    normal = {key: config[key] for key in _CONFIG_KEYS if config.get(key) not in (None, _NEUTRAL.get(key))}
+    if config.get("use_sliding_window") is False:
+        normal = {key: value for key, value in normal.items() if key not in _WINDOW_KEYS}
+    if set(normal.get("layer_types", ())) == {"full_attention"}:
+        del normal["layer_types"]
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if config.get("rope_theta") is not None:
         rope.setdefault("rope_theta", config["rope_theta"])

@@ -229,7 +229,118 @@ def test_small_fingerprints(tmp_path: Path) -> None:
 
 def test_an_unknown_base_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in (str(tmp_path / "missing" / "folder"), "no-such-owner/no-such-model"):
-        with pytest.raises(ModelError, match="neither a local folder nor a hub repository") as caught:
+    missing = str(tmp_path / "missing" / "folder")
+    for name, words in ((missing, "no such folder"), ("no-such-owner/no-such-model", "nor a hub repository")):
+        with pytest.raises(ModelError, match=words) as caught:
             resolve_folder(name)
         assert "\n" not in str(caught.value)
+
+
+def test_hub_errors_are_not_cut_inside_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **settings: Any) -> str:
+        raise ValueError("unbelievable " * 40)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"unbelievable …\)") as caught:
+        resolve_folder("owner/model")
+    assert len(str(caught.value)) < 320
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "second shard"])
+def test_a_snapshot_in_part_is_downloaded_or_refused(
+    tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """What the hub's cache has after, say, the config alone was asked for."""
+    cached = tmp_path / "cached"
+    shutil.copytree(tiny_llm_dir, cached)
+    if lost == "second shard":
+        index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+        (cached / "model.safetensors.index.json").write_text(json.dumps(index))
+        lost = "model-2.safetensors"
+    else:
+        (cached / lost).unlink()
+    answers = {True: cached, False: cached}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, local_files_only, **settings: str(answers[local_files_only])
+    )
+    for download in (False, True):  # True, but what comes is no more: as without a network
+        with pytest.raises(ModelError, match=f"owner/model is incomplete in the hub's cache .* lacks {lost}"):
+            resolve_folder("owner/model", download=download)
+    answers[False] = tiny_llm_dir
+    assert resolve_folder("owner/model") == tiny_llm_dir
+
+
+def test_pickled_weights_are_a_whole_snapshot(
+    tiny_llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_llm_dir, tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **settings: str(tmp_path / "old"))
+    assert resolve_folder("owner/model", download=False) == tmp_path / "old"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("granite", {"embedding_multiplier": 12.0}),
+        ("granite", {"residual_multiplier": 0.5}),
+        ("granite", {"attention_multiplier": 0.5}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 20.0}),
+        ("gemma2", {"attn_logit_softcapping": 20.0}),
+        ("gemma2", {"query_pre_attn_scalar": 128}),
+        ("gemma2", {"hidden_activation": "relu"}),
+        ("cohere", {"logit_scale": 0.5}),
+        ("qwen3_moe", {"num_experts_per_tok": 2}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    ],
+)
+def test_settings_that_change_the_computation_count(
+    tiny_llm_dir: Path, tmp_path: Path, model_type: str, change: dict[str, Any]
+) -> None:
+    found = []
+    for number, extra in enumerate(({}, change)):
+        folder = tmp_path / str(number)
+        shutil.copytree(tiny_llm_dir, folder)
+        sizes = {"model_type": model_type, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+        (folder / "config.json").write_text(json.dumps(sizes | extra))
+        found.append(fingerprint_folder(folder, "llm"))
+    lines = differences(*found, "LLM")
+    assert all(any(f"LLM config {name}" in line for line in lines) for name in change)
+
+
+def test_layer_types_count_unless_every_layer_is_full(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_llm_dir / "config.json").read_text())
+    mixed = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}
+    swapped = mixed | {"layer_types": mixed["layer_types"][::-1]}
+    without = {key: value for key, value in config.items() if key not in ("layer_types", "max_window_layers")}
+    found = []
+    for number, tree in enumerate((config, without, config | mixed, config | swapped)):
+        folder = tmp_path / str(number)
+        shutil.copytree(tiny_llm_dir, folder)
+        (folder / "config.json").write_text(json.dumps(tree))
+        found.append(fingerprint_folder(folder, "llm"))
+    assert found[0] == found[1] == fingerprint_folder(tiny_llm_dir, "llm")
+    assert "layer_types" not in found[0]["config"]
+    assert [line.split(":")[0] for line in differences(found[2], found[3], "LLM")] == ["LLM config layer_types"]
+
+
+def test_other_families_in_memory_and_on_disk(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Qwen3MoeConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    configs = (
+        Gemma2Config(**sizes),
+        GraniteConfig(**sizes, embedding_multiplier=12.0),
+        Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=8, num_experts_per_tok=2),
+    )
+    for number, config in enumerate(configs):
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(tmp_path / str(number))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), dtype=torch.float32)
+        on_disk = fingerprint_folder(tmp_path / str(number), "llm")
+        assert fingerprint_module(loaded, "llm")["config"] == on_disk["config"]

@@ -25,7 +25,7 @@ from qwen3_vlm.storage import atomic_file
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
 TEXT_EXTENSIONS = ("json", "txt")  # the first that a sample has is read
 BLOCK_BYTES = 512
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class TarIndex:
     first: npt.NDArray[np.int64]  # (samples + 1,)
     names: bytes  # UTF-8 member names, one after another
     name_ends: npt.NDArray[np.int64]  # (members,)
+    texts: bytes  # sha256 of the content of all .json and .txt members, in the order of the file
 
     def name(self, member: int) -> str:
         start = int(self.name_ends[member - 1]) if member else 0
@@ -51,8 +52,8 @@ class TarFile:
             self.index = self._load_or_build(cache_dir)
         except OSError as error:
             raise DataError(f"The tar {path} can't be read: {error.strerror or error}.") from error
-        content = hashlib.sha256(self.index.spans.tobytes() + self.index.first.tobytes() + self.index.names)
-        self.fingerprint = content.hexdigest()
+        arrays = self.index.spans.tobytes() + self.index.first.tobytes()
+        self.fingerprint = hashlib.sha256(arrays + self.index.names + self.index.texts).hexdigest()
 
     def __len__(self) -> int:
         return len(self.index.first) - 1
@@ -111,7 +112,7 @@ class TarFile:
 
 
 def build_index(path: Path) -> TarIndex:
-    """Read every header of an uncompressed tar once, in order.
+    """Read every header and text of an uncompressed tar once, in order; pictures are passed over.
 
     Raises:
         DataError: it is compressed, damaged or cut off.
@@ -123,6 +124,7 @@ def build_index(path: Path) -> TarIndex:
                 vars(tar)["members"].clear()  # tarfile would keep every header
                 if _is_wanted(member):
                     found.add(member.name, member.offset_data, member.size)
+                    found.read_text(file, member)
             _check_end(file, tar.offset, path)
     except tarfile.TarError as error:
         raise DataError(
@@ -138,6 +140,7 @@ class _Found:
         self.members: list[tuple[int, str, int, int]] = []  # sample, name, offset, size
         self.newest: dict[str, tuple[int, frozenset[str]]] = {}  # stem → its newest sample and that one's extensions
         self.samples = 0
+        self.texts = hashlib.sha256()
 
     def add(self, name: str, offset: int, size: int) -> None:
         """A stem whose extension was seen before begins another sample: two samples of one name."""
@@ -149,6 +152,12 @@ class _Found:
         self.newest[stem] = (sample, seen | {extension})
         self.members.append((sample, name, offset, size))
 
+    def read_text(self, file: BinaryIO, member: tarfile.TarInfo) -> None:
+        """Add a text's content to the digest, or as much of it as a record may have."""
+        if _kind(member.name) in TEXT_EXTENSIONS:
+            file.seek(member.offset_data)
+            self.texts.update(hashlib.sha256(file.read(min(member.size, MAX_RECORD_BYTES))).digest())
+
     def index(self) -> TarIndex:
         self.members.sort(key=lambda member: member[:2])
         names = [member[1].encode("utf-8", "replace") for member in self.members]
@@ -158,6 +167,7 @@ class _Found:
             first=np.searchsorted(owners, np.arange(self.samples + 1)).astype(np.int64),
             names=b"".join(names),
             name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+            texts=self.texts.digest(),
         )
 
 
@@ -189,12 +199,13 @@ def _load_index(path: Path) -> TarIndex | None:
     """A cached index, or None where there is none that can be read."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return TarIndex(arrays["spans"], arrays["first"], arrays["names"].tobytes(), arrays["name_ends"])
+            names, texts = arrays["names"].tobytes(), arrays["texts"].tobytes()
+            return TarIndex(arrays["spans"], arrays["first"], names, arrays["name_ends"], texts)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def _save_index(path: Path, index: TarIndex) -> None:
-    names = np.frombuffer(index.names, dtype=np.uint8)
+    names, texts = (np.frombuffer(data, dtype=np.uint8) for data in (index.names, index.texts))
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, spans=index.spans, first=index.first, names=names, name_ends=index.name_ends)
+        np.savez(file, spans=index.spans, first=index.first, names=names, name_ends=index.name_ends, texts=texts)

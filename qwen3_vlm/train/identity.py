@@ -107,9 +107,14 @@ def file_differences(info: Mapping[str, Any], sources: Mapping[str, Path | str],
     return lines
 
 
-def base_folder(source: str | Path, section: str, folder: Path) -> Path:
+def base_folder(source: str | Path, section: str, folder: Path, *, download: bool = True) -> Path:
+    """Where a base of the connector in `folder` lies; without `download`, on this machine.
+
+    Raises:
+        ModelError: it can't be had; the sentence says how to name another place.
+    """
     try:
-        return resolve_folder(source, what=section.replace("_", " "))
+        return resolve_folder(source, what=section.replace("_", " "), download=download)
     except ModelError as problem:
         option = "--llm" if section == "llm" else "--vision-tower"
         raise ModelError(f"{problem} {folder} was trained on it; say where it is with {option}.") from problem
