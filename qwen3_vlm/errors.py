@@ -6,6 +6,7 @@
     │   └── RecordError        one bad record; training skips and lists it
     │       └── ImageError     one picture that can't be read
     ├── ModelError             a model, a tokenizer or their inputs that do not fit each other
+    │   └── DivergenceError    a training whose gradients are no longer finite
     ├── AddOnError             a connector directory that can't be used
     │   ├── BaseMismatchError  made for another base, tokenizer or chat template
     │   └── TamperedFileError  its bytes are not those that were written
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DivergenceError",
     "GateError",
     "ImageError",
     "ModelError",
@@ -65,6 +67,10 @@ class ImageError(RecordError):
 
 class ModelError(Qwen3VLMError):
     """A model, tokenizer or input that does not fit the others."""
+
+
+class DivergenceError(ModelError):
+    """A training whose gradients are no longer finite; it was stopped before they reached a weight."""
 
 
 class AddOnError(Qwen3VLMError):

@@ -41,6 +41,7 @@ from qwen3_vlm.train.checkpoint import (
 )
 from qwen3_vlm.train.data_source import DataSource
 from qwen3_vlm.train.evaluations import Evaluations, evidence
+from qwen3_vlm.train.folder_lock import FolderLock
 from qwen3_vlm.train.run_log import RunLog
 from qwen3_vlm.train.stages import Stage, trainable_parameters
 from qwen3_vlm.train.step_plan import StepPlan
@@ -86,21 +87,21 @@ def make_accelerator(config: RunConfig) -> tuple[Accelerator, str | None]:
     return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers), remark
 
 
-def open_folder(config: RunConfig, accelerator: Accelerator) -> Path:
-    """The run folder, with the resolved config and the environment in it; an old run steps aside if not resumed.
+def open_folder(config: RunConfig, accelerator: Accelerator, lock: FolderLock) -> Path:
+    """The run folder, locked by the main process; an old run steps aside if not resumed.
 
     Raises:
-        StorageError: it can't be written.
+        StorageError: it can't be written, or another run is writing to it.
     """
     folder = Path(config.output_dir)
     if accelerator.is_main_process:
         try:
-            if not config.resume and (folder / "checkpoints").exists():
-                number = next(
-                    number for number in range(1, 10**6) if not folder.with_name(f"{folder.name}.{number}").exists()
-                )
-                folder.rename(folder.with_name(f"{folder.name}.{number}"))
             folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(folder)
+            if not config.resume and (folder / "checkpoints").exists():
+                _move_aside(folder)
+                folder.mkdir()
+                lock.acquire(folder)
         except OSError as problem:
             raise storage_error(problem, folder) or StorageError(f"{folder} can't be made: {problem}.") from problem
         remove_leftovers(folder)
@@ -172,8 +173,10 @@ def feature_cache(
     """The tower's outputs for these pictures on disk; the main process, which comes first, makes what is missing."""
     tower: Any = model.model.vision_tower
     tower.to(accelerator.device)
-    parts = (bases["vision_tower"]["fingerprint"]["sha256"], str(bases["image_processor"]), str(tower.dtype))
-    folder, fingerprint = str(config.data.feature_cache), feature_fingerprint(*parts)
+    identity, settings = bases["vision_tower"]["fingerprint"]["sha256"], str(bases["image_processor"])
+    precision = str(accelerator.mixed_precision)  # of the autocast below: other rounding, other features
+    folder = str(config.data.feature_cache)
+    fingerprint = feature_fingerprint(identity, settings, str(tower.dtype), precision)
 
     def encode(**pixels: Tensor) -> Tensor:
         with torch.no_grad(), accelerator.autocast():

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 
 from qwen3_vlm.config import RunConfig, to_dict
-from qwen3_vlm.errors import ModelError, StorageError
+from qwen3_vlm.errors import DivergenceError, StorageError
 from qwen3_vlm.storage import atomic_write_json, read_json
 from qwen3_vlm.train.train_utils import train
 
@@ -69,10 +69,8 @@ def sweep(config: RunConfig) -> SweepResult:
             try:
                 evidence = train(run_config, cache_dir=folder / "cache").evidence
                 finished = evidence is not None
-            except ModelError as problem:
-                note = f"diverged: {problem}" if "gradient norm" in str(problem) else ""
-                if not note:
-                    raise
+            except DivergenceError as problem:
+                note = f"diverged: {problem}"
         if not finished:
             break
         runs.append(_judge(run_config, evidence or {}, note))

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from qwen3_vlm.config import OptimConfig, RunConfig, to_dict
 from qwen3_vlm.data.collate import Batch
-from qwen3_vlm.errors import ConfigError, DataError, ModelError
+from qwen3_vlm.errors import ConfigError, DataError, DivergenceError
 from qwen3_vlm.train.add_ons import load_connector
 from qwen3_vlm.train.checkpoint import Checkpoints, require_same_run, restore_optimizer, run_identity
 from qwen3_vlm.train.data_source import check_data_paths, empty_micro_batch, open_data
 from qwen3_vlm.train.evaluations import Evaluations
+from qwen3_vlm.train.folder_lock import FolderLock
 from qwen3_vlm.train.identity import describe_bases
 from qwen3_vlm.train.packing_check import check_packing
 from qwen3_vlm.train.run import (
@@ -86,8 +87,8 @@ def train(config: RunConfig, *, cache_dir: Path | None = None) -> TrainResult:
         ConfigError, DataError, ModelError, CheckpointError, StorageError, TrainabilityError: each a
             sentence that says what to do.
     """
-    with StopSignals() as signals:
-        run = start_run(config, cache_dir)
+    with StopSignals() as signals, FolderLock() as lock:
+        run = start_run(config, lock, cache_dir)
         try:
             finished = _train_steps(run, signals) and _finish(run, signals)
             if finished:
@@ -98,12 +99,12 @@ def train(config: RunConfig, *, cache_dir: Path | None = None) -> TrainResult:
             run.log.close()
 
 
-def start_run(config: RunConfig, cache_dir: Path | None = None) -> Run:
-    """Everything that a run needs, from its newest checkpoint on if there is one."""
+def start_run(config: RunConfig, lock: FolderLock, cache_dir: Path | None = None) -> Run:
+    """Everything that a run needs, from its newest checkpoint on if there is one; `lock` then holds its folder."""
     accelerator, remark = make_accelerator(config)
     if config.data.feature_cache and accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError("data.feature_cache needs whole weights on each process: leave it out with FSDP, or use DDP.")
-    folder = open_folder(config, accelerator)
+    folder = open_folder(config, accelerator, lock)
     log = RunLog(folder, active=accelerator.is_main_process, tensorboard=config.tensorboard)
 
     check_data_paths(config.data)
@@ -233,7 +234,7 @@ def _update(run: Run, rate: float, *, has_images: bool) -> float:
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     norm = float(_whole_norm(run.accelerator.clip_grad_norm_(parameters, run.config.optim.max_grad_norm)))
     if not math.isfinite(norm):
-        raise ModelError(
+        raise DivergenceError(
             f"The gradient norm is {norm} at step {run.step + 1:,}, so training was stopped before the update. "
             "Lower optim.learning_rate or optim.max_grad_norm; the last checkpoint is unharmed."
         )

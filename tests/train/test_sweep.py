@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwen3_vlm.config import RunConfig, parse_config, to_dict
-from qwen3_vlm.errors import ModelError
+from qwen3_vlm.errors import DivergenceError, ModelError
 from qwen3_vlm.storage import atomic_write_json
 from qwen3_vlm.train import sweep as module
 from qwen3_vlm.train.train_utils import TrainResult
@@ -30,7 +30,7 @@ class Trainer:
             return TrainResult(folder, 1)
         self.trained.append(point)
         if point not in FIGURES:
-            raise ModelError("The gradient norm is nan at step 3.")
+            raise DivergenceError("At step 3 nothing was finite.")
         loss, shuffled, zero = FIGURES[point]
         values = {"correct": loss, "shuffled": loss + shuffled, "zero": loss + zero, "noise": loss + 1}
         ablation = {"losses": {name: {"value": value} for name, value in values.items()}, "passed": True}
@@ -91,7 +91,7 @@ def test_another_config_is_another_run(trainer: Trainer, config: RunConfig) -> N
 
 def test_other_errors_end_the_sweep(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> TrainResult:
-        raise ModelError("The model x lacks tensors.")
+        raise ModelError("The gradient norm layer of model x lacks tensors.")
 
     monkeypatch.setattr(module, "train", fail)
     with pytest.raises(ModelError, match="lacks tensors"):

@@ -21,7 +21,7 @@ from qwen3_vlm.data.captions import open_records
 from qwen3_vlm.data.collate import Collator
 from qwen3_vlm.data.encode import SampleEncoder
 from qwen3_vlm.data.loader import BatchDataset
-from qwen3_vlm.errors import CheckpointError, DataError, ModelError, StorageError
+from qwen3_vlm.errors import CheckpointError, DataError, DivergenceError, StorageError
 from qwen3_vlm.train import train_utils
 from qwen3_vlm.train.stages import apply_stage, audit_gradients, get_stage
 from qwen3_vlm.train.train_utils import learning_rate, train
@@ -316,7 +316,7 @@ def test_divergence_is_a_sentence(bases: Bases, tmp_path: Path, monkeypatch: pyt
         return torch.tensor(float("nan"))
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, *args: explode(*args))
-    with pytest.raises(ModelError, match="gradient norm is nan at step 1"):
+    with pytest.raises(DivergenceError, match="gradient norm is nan at step 1"):
         train(bases.config(tmp_path / "run"))
 
 
