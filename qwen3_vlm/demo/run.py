@@ -6,6 +6,8 @@ It calls what a real run calls: `data` reads its files, `train(config)` trains a
 
 import json
 import os
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ def run_demo(out: Path) -> None:
         GateError: a gate failed, or the captions are worse than the demo promises.
     """
     _wait_passively()
+    from qwen3_vlm.evaluate.gates import describe_gate
     from qwen3_vlm.evaluate.report import write_report
     from qwen3_vlm.train.train_utils import train
 
@@ -64,12 +67,21 @@ def run_demo(out: Path) -> None:
     console.print("[bold]4/4[/] The report")
     report = write_report(Path(result.output_dir))
     for gate in (result.evidence or {}).get("gates", []):
-        console.print(f"gate: loss {gate['name']} = {gate['value']:.2f} ({gate['low']:.2f}–{gate['high']:.2f})")
+        console.print(f"gate: loss {gate['name']}: {describe_gate(gate)}", markup=False)
     console.print(_table(scores))
     console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}", soft_wrap=True)
     _check(result.evidence, scores)
     console.print("Caption a picture of your own:", style="bold")
-    print(f"  qwen3-vlm caption PICTURE.png --checkpoint {result.connector_dir}")
+    print(f"  {running_command()} caption PICTURE.png --checkpoint {result.connector_dir}")
+
+
+def running_command() -> str:
+    """How to call the command that is running: it may lie in a .venv that no shell knows of."""
+    path = Path(sys.argv[0])
+    if path.name != "qwen3-vlm" or not path.is_file():
+        return "qwen3-vlm"
+    path = path.absolute()
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _wait_passively() -> None:

@@ -37,13 +37,13 @@ from qwen3_vlm.evaluate.batches import (
     num_rows,
     select,
 )
+from qwen3_vlm.evaluate.gates import gate_failure
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio, wilson_interval
 from qwen3_vlm.evaluate.metrics import row_losses
 from qwen3_vlm.evaluate.shuffling import derangement, exchange_groups
 from qwen3_vlm.models.losses import IGNORE_INDEX
 
 CONDITIONS = ("correct", "shuffled", "zero", "noise")
-MIN_SAMPLES = 256  # a gate on fewer samples can't pass
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,7 @@ class Gap:
     @property
     def reason(self) -> str:
         """Why the gate fails, as a sentence; empty when it passes."""
-        if self.samples < MIN_SAMPLES:
-            return f"{self.samples} samples were graded; a gate needs {MIN_SAMPLES}."
-        if not self.interval.value >= self.threshold:
-            return f"The gap is {self.interval.value:.4f} nats per token; {self.threshold:g} is needed."
-        if not self.interval.low > 0:
-            return f"The interval of the gap reaches down to {self.interval.low:.4f}; it must lie above zero."
-        return ""
+        return gate_failure(self.interval.value, self.interval.low, self.threshold, self.samples)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from qwen3_vlm.data.records import CAPTION_PROMPT, IMAGE_MARK
 from qwen3_vlm.errors import ModelError
 from qwen3_vlm.evaluate.batches import device_of, evaluation_mode
 
+_CHARACTERS_PER_TOKEN = 16  # more than any text has on average; what is longer is not even tokenized
 _IMAGE_MARKS = ("<image_patch>", IMAGE_MARK)
 _T = TypeVar("_T")
 
@@ -50,9 +51,14 @@ def caption_images(
             with `<image>`.
 
     Raises:
-        ModelError: the prompt has more than one place for a picture.
+        ModelError: the prompt is not text, is longer than the model can read, or has more than one place for a
+            picture.
     """
+    positions = _positions(model)
+    _check_text(prompt, positions)
     messages = [{"role": "user", "content": _with_picture(prompt, processor.image_token)}]
+    if positions is not None and (length := len(processor.encode_prompt(messages))) > positions:
+        raise ModelError(f"The prompt takes {length:,} tokens with its picture; the model reads {positions:,} at most.")
     captions: list[str] = []
     for chunk in _chunks(images, batch_size):
         requests = [Request(messages, [image]) for image in chunk]
@@ -120,6 +126,27 @@ def _greedy(max_new_tokens: int, stop_ids: list[int], pad_id: int) -> Generation
         eos_token_id=stop_ids,
         pad_token_id=pad_id,
     )
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the language model can read, if its config says so."""
+    config = getattr(model, "config", None)
+    found = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
+def _check_text(prompt: str, positions: int | None) -> None:
+    if positions is not None and len(prompt) > positions * _CHARACTERS_PER_TOKEN:
+        raise ModelError(
+            f"The prompt has {len(prompt):,} characters, far more than the {positions:,} tokens that the model reads."
+        )
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise ModelError(
+            f"The prompt is not valid text: its character {problem.start + 1:,} stands for no character of Unicode. "
+            "Give it in UTF-8."
+        ) from problem
 
 
 def _with_picture(prompt: str, image_token: str) -> str:

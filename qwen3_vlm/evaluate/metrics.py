@@ -6,7 +6,7 @@ intervals can resample samples.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,20 @@ class LossReport:
         }
 
     @staticmethod
+    def of_refused(reasons: Mapping[str, int]) -> "LossReport":
+        """No sample at all, and the records that could not be used: reason → count."""
+        none = np.zeros(0, np.int64)
+        return LossReport(
+            sample_ids=(),
+            loss_sums=np.zeros(0),
+            token_counts=none,
+            answer_lengths=none,
+            zero_label=reasons.get("no_labels", 0),
+            truncated=sum(count for reason, count in reasons.items() if reason.startswith("truncates")),
+            skipped=dict(reasons),
+        )
+
+    @staticmethod
     def merge(reports: Sequence["LossReport"]) -> "LossReport":
         """One report of several over disjoint parts of a set (such as one per rank), in the order given."""
         skipped: Counter[str] = Counter()
@@ -144,8 +158,7 @@ def row_losses(model: Any, inputs: dict[str, Any]) -> tuple[NDArray[np.float64],
 
 def _grade_batch(model: Any, batch: Batch, max_rows: int | None) -> LossReport:
     rows = num_rows(batch) if max_rows is None else min(num_rows(batch), max_rows)
-    reasons = Counter(skipped.reason for skipped in batch.skipped)
-    refused = sum(count for reason, count in reasons.items() if reason.startswith("truncates"))
+    refused = LossReport.of_refused(Counter(skipped.reason for skipped in batch.skipped))
     sums, counts = np.zeros(0), np.zeros(0, np.int64)
     if rows:
         sums, counts = row_losses(model, select(batch.inputs, tuple(batch.inputs), device_of(model)))
@@ -155,9 +168,9 @@ def _grade_batch(model: Any, batch: Batch, max_rows: int | None) -> LossReport:
         loss_sums=sums[kept],
         token_counts=counts[kept],
         answer_lengths=np.asarray(batch.answer_lengths, dtype=np.int64)[kept],
-        zero_label=reasons["no_labels"] + rows - len(kept),
-        truncated=refused + sum(turns > 0 for turns in batch.dropped_turns[:rows]),
-        skipped=dict(reasons),
+        zero_label=refused.zero_label + rows - len(kept),
+        truncated=refused.truncated + sum(turns > 0 for turns in batch.dropped_turns[:rows]),
+        skipped=refused.skipped,
     )
 
 

@@ -17,9 +17,10 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from qwen3_vlm.evaluate.ablation import CONDITIONS, MIN_SAMPLES
+from qwen3_vlm.evaluate.ablation import CONDITIONS
 from qwen3_vlm.evaluate.caption_scores import score_captions
 from qwen3_vlm.evaluate.charts import Bar, Series, interval_chart, line_chart
+from qwen3_vlm.evaluate.gates import MIN_SAMPLES
 from qwen3_vlm.evaluate.golden import GoldenItem
 from qwen3_vlm.evaluate.run_files import Line, RunFiles, is_number, is_picture, read_run
 from qwen3_vlm.storage import atomic_write_text

@@ -1,6 +1,6 @@
 """From the data section of a config to training batches, evaluation batches and golden records."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +60,13 @@ class DataSource:
     eval_collator: Collator
 
     def unusable(self) -> list[SkippedRecord]:
-        """Training records that were found bad while measuring lengths."""
-        return [skipped for _, skipped in sorted(self.train.table.reasons.items())]
+        """Records that were found bad while measuring lengths; those of evaluation files come last."""
+        tables = [self.train.table] if self.eval.table is self.train.table else [self.train.table, self.eval.table]
+        return [skipped for table in tables for _, skipped in sorted(table.reasons.items())]
+
+    def unusable_eval(self) -> dict[str, int]:
+        """Reason → records of evaluation files that can't be used; of one file split in two they count as training."""
+        return {} if self.eval.table is self.train.table else self.eval.table.counts()
 
     def train_batches(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Batch]:
         """These micro-batches, in order, read by worker processes."""
@@ -109,14 +114,17 @@ def open_data(
     data = config.data
     encoder = SampleEncoder(processor, data.max_seq_len)
 
-    def measure(paths: Sequence[str]) -> tuple[Records, LengthTable]:
+    def measure(paths: Sequence[str], purpose: str) -> tuple[Records, LengthTable]:
         records = open_records(paths, data.image_root, cache_dir)
-        return records, lengths(records, encoder, cache_dir, data.num_workers, progress)
+        table = lengths(records, encoder, cache_dir, data.num_workers, progress)
+        _check_bad_fraction(table, data, purpose)
+        if not len(table.usable):
+            raise DataError(f"No usable record is left to {purpose} on in {', '.join(paths)} ({table.counts()}).")
+        return records, table
 
-    records, table = measure(data.train)
-    _check_bad_fraction(len(table.reasons), len(table), data, table.counts())
+    records, table = measure(data.train, "train")
     if data.eval:
-        eval_records, eval_table = measure(data.eval)
+        eval_records, eval_table = measure(data.eval, "evaluate")
         train = Part(records, table, tuple(int(index) for index in table.usable))
         held_out = Part(eval_records, eval_table, tuple(int(index) for index in eval_table.usable))
         parts = [("train", records.fingerprint), ("eval", eval_records.fingerprint)]
@@ -161,9 +169,11 @@ def _split(records: Records, table: LengthTable, config: RunConfig, folder: Path
     return train, held_out
 
 
-def _check_bad_fraction(bad: int, seen: int, config: DataConfig, reasons: Mapping[str, int]) -> None:
+def _check_bad_fraction(table: LengthTable, config: DataConfig, purpose: str) -> None:
+    bad, seen = len(table.reasons), len(table)
     if bad > config.max_bad_fraction * seen:
+        reasons = ", ".join(f"{count} {name}" for name, count in table.counts().items())
         raise DataError(
-            f"{bad:,} of {seen:,} records can't be used ({', '.join(f'{n} {name}' for name, n in reasons.items())}), "
+            f"{bad:,} of {seen:,} records to {purpose} on can't be used ({reasons}), "
             f"more than data.max_bad_fraction {config.max_bad_fraction:g}. `qwen3-vlm data doctor` lists them all."
         )

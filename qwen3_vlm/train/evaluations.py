@@ -19,6 +19,7 @@ from qwen3_vlm.errors import DataError
 from qwen3_vlm.evaluate.ablation import run_ablation
 from qwen3_vlm.evaluate.caption_scores import score_captions
 from qwen3_vlm.evaluate.environment import describe_environment
+from qwen3_vlm.evaluate.gates import unmeasured_gate
 from qwen3_vlm.evaluate.golden import choose_golden, dump_golden
 from qwen3_vlm.evaluate.metrics import LossReport, evaluate_loss
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
@@ -62,8 +63,8 @@ class Evaluations:
         return self._loss(held_out.pick(held_out.indices, self._config.eval.quick_samples, self._config.seed))
 
     def full(self) -> dict[str, Any]:
-        """Loss on everything held out; empty where nothing is."""
-        return self._loss(self._data.eval.indices)
+        """Loss on everything held out, with the records that could not be used counted; empty where nothing is."""
+        return self._loss(self._data.eval.indices, LossReport.of_refused(self._data.unusable_eval()))
 
     def ablation(self) -> dict[str, Any]:
         """{"gates": …, "ablation": …} of evidence.json, and "summary" for metrics.jsonl."""
@@ -72,13 +73,15 @@ class Evaluations:
         indices = held_out.pick(held_out.with_pictures(), settings.ablation_samples + spare, self._config.seed)
         if not self._working:
             return {}
+        if not indices:
+            what = "No held-out sample has a picture" if len(held_out) else "No sample is held out"
+            return _unmeasured(f"{what}, so whether the model uses its pictures can't be measured.")
         try:
             with self._accelerator.autocast():
                 batches = self._data.eval_batches(indices, settings.batch_size)
                 report = run_ablation(self._model, batches, settings, seed=self._config.seed)
         except DataError as problem:
-            gate = {"name": "ablation", "value": None, "threshold": None, "passed": False, "reason": str(problem)}
-            return {"gates": [gate], "ablation": {"error": str(problem)}, "summary": {"error": str(problem)}}
+            return _unmeasured(str(problem))
         return {"gates": report.gates(), "ablation": report.to_dict(), "summary": report.summary()}
 
     def golden(self, step: int) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class Evaluations:
     def _working(self) -> bool:
         return self._accelerator.is_main_process or self._sharded
 
-    def _loss(self, indices: Sequence[int]) -> dict[str, Any]:
+    def _loss(self, indices: Sequence[int], refused: LossReport | None = None) -> dict[str, Any]:
         if not indices:
             return {}
         ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
@@ -101,7 +104,7 @@ class Evaluations:
             report = evaluate_loss(self._model, batches)
         if not self._sharded and ranks > 1:
             report = LossReport.merge(gather_object([report]))
-        return report.to_dict()
+        return LossReport.merge([report, refused]).to_dict() if refused else report.to_dict()
 
     def _golden(self, step: int) -> dict[str, Any]:
         held_out, settings = self._data.eval, self._config.eval
@@ -140,6 +143,11 @@ class Evaluations:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder)
+
+
+def _unmeasured(reason: str) -> dict[str, Any]:
+    """What `ablation` gives where there is nothing to measure."""
+    return {"gates": [unmeasured_gate("ablation", reason)], "ablation": {"error": reason}, "summary": {"error": reason}}
 
 
 def evidence(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from qwen3_vlm.demo.dataset import DemoSizes, build
 from qwen3_vlm.demo.facts import score
-from qwen3_vlm.demo.run import TESTS, _check, demo_config, read_test_set
+from qwen3_vlm.demo.run import TESTS, _check, demo_config, read_test_set, running_command
 from qwen3_vlm.demo.world import HELD_OUT_PAIRS, NAMES
 from qwen3_vlm.errors import GateError
 
@@ -81,3 +81,25 @@ def test_the_verdict_names_what_falls_short() -> None:
         _check({"gates": [{"name": "shuffled", "passed": False}]}, {"unseen": good})
     with pytest.raises(GateError, match="no gate was run"):
         _check(None, {"unseen": good})
+
+
+def test_the_command_to_call_is_the_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make` installs into .venv alone, so the bare name is found by no shell."""
+    command = tmp_path / "work" / ".venv" / "bin" / "qwen3-vlm"
+    command.parent.mkdir(parents=True)
+    command.touch()
+    monkeypatch.chdir(tmp_path / "work")
+    for called, expected in (
+        (str(command), ".venv/bin/qwen3-vlm"),
+        (".venv/bin/qwen3-vlm", ".venv/bin/qwen3-vlm"),
+        ("qwen3-vlm", "qwen3-vlm"),
+        ("/somewhere/pytest", "qwen3-vlm"),
+    ):
+        monkeypatch.setattr("sys.argv", [called, "demo"])
+        assert running_command() == expected
+    monkeypatch.chdir(command.parent.parent.parent.parent)
+    monkeypatch.setattr("sys.argv", [str(command)])
+    assert running_command() == "work/.venv/bin/qwen3-vlm"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert running_command() == str(command)

@@ -91,3 +91,14 @@ def test_the_models_mode_is_kept(tiny_vlm: tuple[Any, Any]) -> None:
     model.train()
     caption_images(model, processor, [picture(0)], max_new_tokens=1)
     assert model.training
+
+
+def test_prompts_that_no_model_can_read(tiny_vlm: tuple[Any, Any], monkeypatch: Any) -> None:
+    model, processor = tiny_vlm
+    with pytest.raises(ModelError, match=r"takes \d{3} tokens with its picture; the model reads 512 at most"):
+        caption_images(model, processor, [picture(0)], prompt="\u00e9!" * 250)
+    monkeypatch.setattr(type(processor), "encode_prompt", lambda self, messages: pytest.fail("it was tokenized"))
+    with pytest.raises(ModelError, match="5,000,000 characters, far more than the 512 tokens"):
+        caption_images(model, processor, [picture(0)], prompt="a " * 2_500_000)
+    with pytest.raises(ModelError, match="its character 3 stands for no character"):
+        caption_images(model, processor, [picture(0)], prompt="is\ud800")
