@@ -115,7 +115,7 @@ def verify(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Check a connector's files and, where they can be found, its bases; exit status 1 if anything is wrong."""
-    from qwen3_vlm.train.add_ons import verify_connector
+    from qwen3_vlm.train.verify import verify_connector
 
     print(verify_connector(directory, llm, vision_tower, gates=gates, trust_remote_code=trust_remote_code))
 
@@ -300,10 +300,10 @@ def print_result(result: Any) -> None:
         print("It was stopped and saved; the same command goes on from there.")
         return
     print(f"Connector: {result.connector_dir}")
+    from qwen3_vlm.evaluate.gates import describe_gate
+
     for gate in (result.evidence or {}).get("gates", []):
-        word = "passed" if gate["passed"] else "FAILED"
-        interval = f"{gate['value']:.3f} [{gate['low']:.3f}, {gate['high']:.3f}]"
-        print(f"Gate {gate['name']}: {word}, {interval}, threshold {gate['threshold']}")
+        print(f"Gate {gate['name']}: {describe_gate(gate)}")
 
 
 def _readable(paths: Iterable[Path], failures: list[ImageError]) -> "Iterator[tuple[Path, Image]]":

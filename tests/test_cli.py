@@ -14,9 +14,18 @@ from qwen3_vlm import cli
 from qwen3_vlm.errors import BaseMismatchError, GateError, StorageError
 from qwen3_vlm.train.add_ons import save_connector
 from qwen3_vlm.train.identity import describe_bases
+from tests.train.tiny_run import tiny_config, write_config, write_records
 
 Run = Callable[..., tuple[int, str, str]]
-GATE = {"name": "zero − correct", "value": 0.5, "low": 0.4, "high": 0.6, "threshold": 0.05, "passed": True}
+GATE: dict[str, Any] = {
+    "name": "zero − correct",
+    "value": 0.5,
+    "low": 0.4,
+    "high": 0.6,
+    "threshold": 0.05,
+    "samples": 300,
+}
+GATE |= {"passed": True, "reason": ""}
 
 
 @pytest.fixture
@@ -115,6 +124,21 @@ def test_train_prints_where_things_are(run: Run, tmp_path: Path, monkeypatch: py
     assert "Gate zero − correct: passed, 0.500 [0.400, 0.600], threshold 0.05" in out
 
 
+def test_text_only_data_train_to_the_end(run: Run, tmp_path: Path, tiny_llm_dir: Path, tiny_tower_dir: Path) -> None:
+    """There is nothing to measure the use of pictures by; that fails the gate, not the run."""
+    text = write_records(tmp_path / "records", pictures=False)
+    config = tiny_config(tmp_path / "run", tiny_llm_dir, tiny_tower_dir, text, optim__max_steps=1)
+    status, out, _ = run("train", write_config(tmp_path / "run.yaml", config))
+    assert status == 0
+    reason = "No held-out sample has a picture, so whether the model uses its pictures can't be measured."
+    assert f"Gate ablation: FAILED, {reason}" in out
+    status, out, _ = run("verify", tmp_path / "run" / "connector")
+    assert status == 0
+    assert f"FAILED gate ablation: {reason}" in out
+    status, _, err = run("verify", tmp_path / "run" / "connector", "--gates")
+    assert (status, reason in err) == (1, True)
+
+
 def test_a_stopped_run_exits_with_0(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("")
     stopped = SimpleNamespace(output_dir="runs/x", step=5, connector_dir=None, evidence=None)
@@ -166,6 +190,14 @@ def test_caption_files_and_folders(run: Run, connector: Path, pictures: Path) ->
     assert out.startswith(f"{pictures / 'b.png'}: ")
 
 
+def test_a_prompt_that_is_no_text_is_a_sentence(run: Run, connector: Path, pictures: Path) -> None:
+    status, out, err = run("caption", pictures / "b.png", "--checkpoint", connector, "--prompt", "what\udcff?")
+    assert (status, out) == (1, "")
+    assert err == (
+        "Error: The prompt is not valid text: its character 5 stands for no character of Unicode. Give it in UTF-8.\n"
+    )
+
+
 def test_caption_goes_on_after_a_bad_picture(run: Run, connector: Path, pictures: Path) -> None:
     (pictures / "b.png").write_bytes(b"\x89PNG broken")
     status, out, err = run("caption", pictures, "--checkpoint", connector, "--max-new-tokens", "2", "--json")
@@ -201,6 +233,13 @@ def test_verify_says_what_it_checked(run: Run, connector: Path, tiny_tower_dir: 
     status, _, err = run("verify", connector)
     assert status == 1
     assert "connector.safetensors" in err
+
+
+def test_a_folder_that_is_not_there_is_called_that(run: Run) -> None:
+    for name in ("/no/such/dir", "runs/a/connector", "../no-such"):
+        status, out, err = run("verify", name)
+        assert (status, out) == (1, "")
+        assert err == f"Error: The connector {name} can't be read: there is no such folder.\n"
 
 
 def test_export_loads_with_the_auto_classes(run: Run, connector: Path, tmp_path: Path) -> None:

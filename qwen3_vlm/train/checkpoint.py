@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qwen3_vlm.errors import CheckpointError, Qwen3VLMError
 from qwen3_vlm.fingerprint import fingerprint_file
 from qwen3_vlm.storage import atomic_directory, atomic_file, atomic_write_json, read_json, remove_leftovers
-from qwen3_vlm.train.add_ons import INFO, TENSORS, read_info
+from qwen3_vlm.train.connector_files import INFO, TENSORS, read_info
 from qwen3_vlm.train.stages import trainable_parameters
 
 FORMAT = 1

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from qwen3_vlm.errors import AddOnError, BaseMismatchError, GateError, ModelError, StorageError, TamperedFileError
-from qwen3_vlm.fingerprint import fingerprint_file
+from qwen3_vlm.fingerprint import fingerprint_file, fingerprint_text
 from qwen3_vlm.train.add_ons import (
     export_vlm,
     load_connector,
     load_vlm,
-    read_info,
     save_connector,
-    verify_connector,
 )
+from qwen3_vlm.train.connector_files import read_info
 from qwen3_vlm.train.identity import describe_bases
+from qwen3_vlm.train.verify import verify_connector
 from tests.tiny import save_tiny_llm, save_tiny_tower
 
 
@@ -29,7 +29,15 @@ from tests.tiny import save_tiny_llm, save_tiny_tower
 def directory(tiny_vlm: tuple[Any, Any], tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> Path:
     model, processor = tiny_vlm
     bases = describe_bases(tiny_llm_dir, tiny_tower_dir, processor)
-    gate = {"name": "zero − correct", "value": 0.5, "low": 0.4, "high": 0.6, "threshold": 0.05, "passed": True}
+    gate: dict[str, Any] = {
+        "name": "zero − correct",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "threshold": 0.05,
+        "samples": 300,
+    }
+    gate |= {"passed": True, "reason": ""}
     return save_connector(
         tmp_path / "connector",
         model,
@@ -43,10 +51,18 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Ten
     """Change the tensors and make the checksum agree, as somebody would who knows the format."""
     path = directory / "connector.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
-    edit(
-        directory,
-        lambda info: info["files"].update({path.name: {"sha256": fingerprint_file(path), "bytes": size(path)}}),
-    )
+    record(path)
+
+
+def record(path: Path) -> None:
+    """Put the checksum that a changed file now has into connector.json."""
+    entry = {path.name: {"sha256": fingerprint_file(path), "bytes": size(path)}}
+    edit(path.parent, lambda info: info["files"].update(entry))
+
+
+def write_evidence(directory: Path, text: str) -> None:
+    (directory / "evidence.json").write_text(text)
+    record(directory / "evidence.json")
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -180,6 +196,11 @@ def test_broken_descriptions_are_refused(directory: Path, tmp_path: Path) -> Non
         lambda info: info.pop("llm"),
         lambda info: info["llm"].update(id=5),
         lambda info: info["files"].clear(),
+        lambda info: info["files"].update({"evidence.json": 1}),
+        lambda info: info["llm"].update(fingerprint=3),
+        lambda info: info["tokenizer"].update(fingerprint=[]),
+        lambda info: info["chat_template"].update(text=7),
+        lambda info: info.update(dtype=5),
         lambda info: info["chat_template"].update(text="{{ 'other' }}"),
     ):
         (directory / "connector.json").write_text(good)
@@ -190,6 +211,90 @@ def test_broken_descriptions_are_refused(directory: Path, tmp_path: Path) -> Non
     edit(directory, lambda info: info["connector"].pop("depth"))
     with pytest.raises(AddOnError, match="do not describe a connector"):
         verify_connector(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_latents", 10**9, r"num_latents is 1000000000, not a whole number from 1 to 65,536"),
+        ("depth", True, "depth is True, not a whole number"),
+        ("llm_width", "64", "llm_width is 64, not a whole number"),
+        ("projector_hidden_act", "zzz", "projector_hidden_act is zzz, no known activation"),
+        ("vision_ln", 0, "vision_ln is 0, not true or false"),
+        ("num_latents", 8, r"resampler.latents has shape \(4, 16\); the model has \(8, 16\)"),
+    ],
+)
+def test_sizes_are_looked_at_before_a_base_is_loaded(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: str
+) -> None:
+    edit(directory, lambda info: info["connector"].update({name: value}))
+    monkeypatch.setattr("qwen3_vlm.train.add_ons.load_bases", lambda *args, **kwargs: pytest.fail("bases were loaded"))
+    for read in (load_vlm, verify_connector):
+        with pytest.raises(AddOnError, match=words):
+            read(directory)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ messages.nothing.at_all }}", "{{ 1 / 0 }}", "x" * 200_000])
+def test_a_chat_template_that_fails_is_refused(directory: Path, template: str) -> None:
+    edit(directory, lambda info: info.update(chat_template={"text": template, "sha256": fingerprint_text(template)}))
+    for read in (load_vlm, verify_connector):
+        with pytest.raises(AddOnError, match=r"chat template in .* can't be used") as caught:
+            read(directory)
+        assert "\n" not in str(caught.value)
+
+
+def test_changed_evidence_is_refused(directory: Path) -> None:
+    path = directory / "evidence.json"
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    for read in (read_info, load_vlm, verify_connector):
+        with pytest.raises(TamperedFileError, match=r"evidence\.json was changed after it was written"):
+            read(directory)
+
+
+def test_older_directories_without_a_checksum_of_the_evidence(directory: Path) -> None:
+    edit(directory, lambda info: info["files"].pop("evidence.json"))
+    report = verify_connector(directory, gates=True)
+    assert report.passed
+    assert [check.passed for check in report.checks if check.name == "evidence"] == [None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples": 255}, "255 samples were graded"),
+        ({"value": 0.01}, "0.05 is needed"),
+        ({"low": -0.1}, "must lie above zero"),
+        ({"low": None}, "must lie above zero"),
+        ({"passed": False}, "marked as failed"),
+        ({"value": None, "reason": "There is no picture."}, "There is no picture."),
+    ],
+)
+def test_gates_are_judged_by_their_figures(directory: Path, change: dict[str, Any], words: str) -> None:
+    tree = json.loads((directory / "evidence.json").read_text())
+    tree["gates"][0] |= change
+    write_evidence(directory, json.dumps(tree))
+    (gate,) = (check for check in verify_connector(directory).checks if check.name.startswith("gate"))
+    assert gate.passed is False
+    assert words in gate.detail
+    with pytest.raises(GateError, match=words):
+        verify_connector(directory, gates=True)
+
+
+def test_verify_downloads_only_what_it_was_given(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def snapshot_download(name: str, *, local_files_only: bool, **settings: Any) -> str:
+        asked.append((name, local_files_only))
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    edit(directory, lambda info: info["llm"].update(id="owner/base"))
+    report = verify_connector(directory)
+    assert asked == [("owner/base", True)]
+    assert [check.passed for check in report.checks if check.name == "llm"] == [None]
+    with pytest.raises(ModelError):
+        verify_connector(directory, llm="owner/other")
+    assert asked[1:] == [("owner/other", True), ("owner/other", False)]
 
 
 def test_missing_bases_say_how_to_name_them(directory: Path) -> None:
@@ -203,14 +308,14 @@ def test_missing_bases_say_how_to_name_them(directory: Path) -> None:
 def test_verify_says_what_was_checked(directory: Path, tmp_path: Path) -> None:
     report = verify_connector(directory, gates=True)
     assert report.passed
-    assert [line.split()[0] for line in str(report).splitlines()] == ["ok"] * 5
+    assert [line.split()[0] for line in str(report).splitlines()] == ["ok"] * 6
     with pytest.raises(BaseMismatchError):
         verify_connector(directory, llm=save_tiny_llm(tmp_path / "other", seed=3))
 
 
 @pytest.mark.parametrize("gates", [[], [{"name": "zero", "value": 0.01, "threshold": 0.05, "passed": False}]])
 def test_verify_with_gates_wants_them_passed(directory: Path, gates: list[Any]) -> None:
-    (directory / "evidence.json").write_text(json.dumps({"format": 1, "gates": gates}))
+    write_evidence(directory, json.dumps({"format": 1, "gates": gates}))
     verify_connector(directory)
     with pytest.raises(GateError, match="does not show that every gate passed"):
         verify_connector(directory, gates=True)
@@ -218,8 +323,8 @@ def test_verify_with_gates_wants_them_passed(directory: Path, gates: list[Any]) 
 
 @pytest.mark.parametrize("evidence", ["[]", "{", '{"gates": [1]}', '{"gates": [{}]}'])
 def test_broken_evidence_is_a_sentence(directory: Path, evidence: str) -> None:
-    (directory / "evidence.json").write_text(evidence)
-    with pytest.raises(AddOnError):
+    write_evidence(directory, evidence)
+    with pytest.raises(AddOnError, match=r"evidence\.json"):
         verify_connector(directory)
 
 
