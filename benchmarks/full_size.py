@@ -5,12 +5,15 @@
 
 Weights are random (what is measured does not depend on their values), stored in bf16 and frozen; the connector and
 its AdamW states are fp32. One row of packed samples goes through tower, connector, language model and loss, backward
-to the connector, and the optimizer steps: once to warm up, once measured. Each decoder layer is recomputed in the
-backward pass, so that a row long enough to use the machine well fits; recomputation is not counted as useful.
+to the connector, and the optimizer steps: once on a shorter row to warm up, once measured. Each decoder layer is
+recomputed in the backward pass, so that a row long enough to use the machine well fits; recomputation is not counted
+as useful.
 """
 
 import argparse
 import gc
+import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,6 +44,7 @@ from qwen3_vlm.train.stages import apply_stage, format_table, get_stage
 LATENTS = 64
 IMAGE_TOKEN_ID = 151_669
 TEXT_IDS = 151_643
+WARM_UP_TOKENS = 160
 
 
 def qwen3_8b(options: argparse.Namespace) -> Qwen3Config:
@@ -85,8 +89,9 @@ def build_model(options: argparse.Namespace) -> Any:
     return model
 
 
-def make_batch(options: argparse.Namespace) -> tuple[Any, list[LoadedSample]]:
-    """Samples of stage 1's lengths, as many as fit into one row of `tokens`, with a picture each."""
+def make_batch(options: argparse.Namespace, room: int | None = None) -> tuple[Any, list[LoadedSample]]:
+    """Samples of stage 1's lengths, as many as fit into one row of `room` (or `tokens`), with a picture each."""
+    room = room or options.tokens
     candidates = make_samples(
         "pretrain",
         max(1, options.tokens // 70),
@@ -97,7 +102,7 @@ def make_batch(options: argparse.Namespace) -> tuple[Any, list[LoadedSample]]:
     )
     row: list[LoadedSample] = []
     for loaded in candidates:
-        if sum(len(chosen.sample.input_ids) for chosen in [*row, loaded]) <= options.tokens:
+        if sum(len(chosen.sample.input_ids) for chosen in [*row, loaded]) <= room:
             row.append(loaded)
     processor: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
     batch = Collator(processor, packing=True, max_image_pixels=1)([row])
@@ -135,7 +140,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
         loaded = resident_bytes()
         optimizer = torch.optim.AdamW(model.connector_parameters().values(), lr=1e-4, weight_decay=0.0, fused=True)
-        warm_up_loss, _ = train_step(model, batch, optimizer)
+        warm_up_loss, _ = train_step(model, make_batch(options, room=min(options.tokens, WARM_UP_TOKENS))[0], optimizer)
         loss, seconds = train_step(model, batch, optimizer)
     total = sum(seconds.values())
     flops = useful_flops(model, row, options)
@@ -200,8 +205,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def return_freed_memory() -> None:
+    """Start again with an allocator that gives large blocks back at once; by default glibc keeps about 2 GB here."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
+    if any(name not in os.environ for name in settings):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+
+
 def main() -> None:
     options = parse()
+    return_freed_memory()
     result = run(options)
     report(result)
     write_result(options.out, result)

@@ -8,6 +8,7 @@ pass. On a GPU, or a CPU with AVX512-BF16 or AMX, nothing here is used.
 Shapes: S rows, D input width, V output width.
 """
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK_BYTES = 256 * 2**20  # of widened weights that live at one time
+_scratch = threading.local()  # where a thread widens its blocks: fresh memory each time costs a page fault per page
 
 
 @cache
@@ -40,9 +42,12 @@ def matmul_transposed(hidden: Tensor, weight: Tensor) -> Tensor:
     """(…, D) @ (V, D)ᵀ → (…, V), in fp32 by blocks of V where `must_widen(weight)`. Not differentiable."""
     if not must_widen(weight):
         return F.linear(hidden.to(weight.dtype), weight)
+    blocks = _row_blocks(weight)
+    if len(blocks) == 1:
+        return F.linear(hidden.float(), _widen(weight))
     product = hidden.new_empty(*hidden.shape[:-1], weight.shape[0], dtype=torch.float32)
-    for block in _row_blocks(weight):
-        product[..., block] = F.linear(hidden.float(), weight[block].float())
+    for block in blocks:
+        product[..., block] = F.linear(hidden.float(), _widen(weight[block]))
     return product
 
 
@@ -51,9 +56,9 @@ def matmul(gradient: Tensor, weight: Tensor) -> Tensor:
     if not must_widen(weight):
         return gradient.to(weight.dtype) @ weight
     blocks = _row_blocks(weight)
-    product = gradient[..., blocks[0]].float() @ weight[blocks[0]].float()
+    product = gradient[..., blocks[0]].float() @ _widen(weight[blocks[0]])
     for block in blocks[1:]:
-        product += gradient[..., block].float() @ weight[block].float()
+        product += gradient[..., block].float() @ _widen(weight[block])
     return product
 
 
@@ -91,6 +96,14 @@ def compute_in_fp32(module: nn.Module) -> None:
         elif not isinstance(child, (nn.Embedding, WidenedLinear)):
             for parameter in child.parameters(recurse=False):
                 parameter.data = parameter.data.float()
+
+
+def _widen(block: Tensor) -> Tensor:
+    """An fp32 copy in this thread's scratch memory, good until the next call."""
+    scratch: Tensor | None = getattr(_scratch, "memory", None)
+    if scratch is None or scratch.numel() < block.numel():
+        scratch = _scratch.memory = torch.empty(block.numel())
+    return scratch[: block.numel()].view_as(block).copy_(block)
 
 
 def _row_blocks(weight: Tensor) -> list[slice]:
