@@ -189,7 +189,7 @@ def resolve_folder(
         ModelError: it is neither a folder nor a hub id that can be had, or its snapshot lacks files.
     """
     name = str(source)
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # false also for what can't be a name
         return Path(name)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"The {what} {name} can't be read: there is no such folder.")

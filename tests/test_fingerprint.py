@@ -230,7 +230,8 @@ def test_small_fingerprints(tmp_path: Path) -> None:
 def test_an_unknown_base_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     missing = str(tmp_path / "missing" / "folder")
-    for name, words in ((missing, "no such folder"), ("no-such-owner/no-such-model", "nor a hub repository")):
+    hub = ("no-such-owner/no-such-model", "x" * 5_000, "nul\0")
+    for name, words in ((missing, "no such folder"), *((name, "nor a hub repository") for name in hub)):
         with pytest.raises(ModelError, match=words) as caught:
             resolve_folder(name)
         assert "\n" not in str(caught.value)

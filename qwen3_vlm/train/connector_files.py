@@ -4,6 +4,7 @@ What connector.json says is checked for type and size before anything is built f
 with the checksums in it, and the shapes in the header of the tensors with what it describes.
 """
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,17 +89,22 @@ def _wrong_fields(info: Mapping[str, Any]) -> list[str]:
     bad = [name for name in _SECTIONS if not isinstance(info.get(name), dict)]
     if bad:
         return bad
-    bad += [f"{name}.id" for name in _ID_SECTIONS if not isinstance(info[name].get("id"), str)]
+    bad += [f"{name}.id" for name in _ID_SECTIONS if not _is_text(info[name].get("id"))]
     bad += [
         f"{name}.fingerprint" for name in _FINGERPRINT_SECTIONS if not isinstance(info[name].get("fingerprint"), dict)
     ]
-    if not isinstance(info["chat_template"].get("text"), str):
+    if not _is_text(info["chat_template"].get("text")):
         bad.append("chat_template.text")
     if not isinstance(info.get("dtype", ""), str):
         bad.append("dtype")
     return bad + [
         f"files.{name}" for name in {TENSORS, *info["files"]} if not isinstance(info["files"].get(name), dict)
     ]
+
+
+def _is_text(value: Any) -> bool:
+    """A string without the halves of characters that JSON can write and UTF-8 can't."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _wrong_sizes(sizes: Mapping[str, Any]) -> list[str]:
@@ -128,7 +134,7 @@ def check_template(directory: str | Path, info: Mapping[str, Any]) -> None:
             raise ValueError(f"it has {len(text):,} characters, more than {MAX_TEMPLATE_CHARACTERS:,}")
         render_jinja_template([_PROBE], chat_template=text, add_generation_prompt=True, **_SPECIAL_TOKENS)
     except Exception as problem:  # a template can fail in any way that a program can
-        reason = " ".join(str(problem).split())[:200]
+        reason = textwrap.shorten(str(problem), 200, placeholder=" …")
         raise AddOnError(f"The chat template in {Path(directory) / INFO} can't be used ({reason}).") from problem
 
 

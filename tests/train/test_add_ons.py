@@ -200,6 +200,8 @@ def test_broken_descriptions_are_refused(directory: Path, tmp_path: Path) -> Non
         lambda info: info["llm"].update(fingerprint=3),
         lambda info: info["tokenizer"].update(fingerprint=[]),
         lambda info: info["chat_template"].update(text=7),
+        lambda info: info["chat_template"].update(text="\ud800"),
+        lambda info: info["llm"].update(id="\udcff"),
         lambda info: info.update(dtype=5),
         lambda info: info["chat_template"].update(text="{{ 'other' }}"),
     ):
