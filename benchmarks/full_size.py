@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,7 +128,7 @@ def train_step(model: Any, batch: Any, optimizer: torch.optim.Optimizer) -> tupl
     optimizer.zero_grad(set_to_none=True)
     marks.append(time.perf_counter())
     names = ("tower", "forward", "backward", "optimizer")
-    return loss.item(), {name: end - start for name, start, end in zip(names, marks, marks[1:], strict=False)}
+    return loss.item(), {name: end - start for name, (start, end) in zip(names, pairwise(marks), strict=True)}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -159,6 +159,7 @@ class _Found:
             self.texts.update(hashlib.sha256(file.read(min(member.size, MAX_RECORD_BYTES))).digest())
 
     def index(self) -> TarIndex:
+        """All members found so far, sorted by record and name, with one digest of all text members."""
         self.members.sort(key=lambda member: member[:2])
         names = [member[1].encode("utf-8", "replace") for member in self.members]
         owners = np.array([member[0] for member in self.members], dtype=np.int64)
