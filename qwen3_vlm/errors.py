@@ -4,7 +4,10 @@
     ├── ConfigError            a YAML file, an override or an argument that can't be used
     ├── DataError              a data set, a file or a folder that can't be used
     │   └── RecordError        one bad record; training skips and lists it
-    │       └── ImageError     one picture that can't be read
+    │       ├── ImageError     one picture that can't be read
+    │       └── AudioError     one sound that can't be read
+    ├── TokenSpaceError        a token space that is not valid, or not the one that is needed
+    ├── TokenError             an input that can't become ids, or ids that can't become an input
     ├── ModelError             a model, a tokenizer or their inputs that do not fit each other
     │   └── DivergenceError    a training whose gradients are no longer finite
     ├── AddOnError             a connector directory that can't be used
@@ -21,6 +24,7 @@ line prints the message and exits with 1.
 
 __all__ = [
     "AddOnError",
+    "AudioError",
     "BaseMismatchError",
     "CheckpointError",
     "ConfigError",
@@ -33,6 +37,8 @@ __all__ = [
     "RecordError",
     "StorageError",
     "TamperedFileError",
+    "TokenError",
+    "TokenSpaceError",
     "TrainabilityError",
 ]
 
@@ -63,6 +69,29 @@ class RecordError(DataError):
 
 class ImageError(RecordError):
     """One picture that can't be read; names the file."""
+
+
+class AudioError(RecordError):
+    """One sound that can't be read; names the file."""
+
+
+class TokenSpaceError(Qwen3VLMError):
+    """A token space that is not valid (names the field) or not the one needed (one line per difference)."""
+
+
+class TokenError(Qwen3VLMError):
+    """Text, a picture or a sound that can't become ids, or ids that can't be turned back.
+
+    `reason` is a short countable kind such as "out_of_range" or "short_frame".
+    """
+
+    def __init__(self, message: str, reason: str = "bad_tokens") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["TokenError"], tuple[str, str]]:
+        """Keep `reason` when the error crosses from a worker to the main process."""
+        return type(self), (str(self), self.reason)
 
 
 class ModelError(Qwen3VLMError):
