@@ -18,6 +18,7 @@ import yaml
 from qwen3_vlm.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
+Config = typing.TypeVar("Config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class ModelConfig:
     trust_remote_code: bool = False  # run code that comes with a base from the hub
 
     def __post_init__(self) -> None:
-        _require_positive(self, "num_latents", "latent_dim", "depth", "num_heads", "head_dim", "ff_mult")
-        _require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be above 0")
+        require_positive(self, "num_latents", "latent_dim", "depth", "num_heads", "head_dim", "ff_mult")
+        require(self.initializer_range > 0, "initializer_range", self.initializer_range, "must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,10 @@ class DataConfig:
     feature_cache: str | None = None  # folder for tower outputs on disk; None: encode each picture each time
 
     def __post_init__(self) -> None:
-        _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must lie between 0 and 1")
-        _require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "must lie in 0…1")
-        _require_positive(self, "eval_max", "max_seq_len", "max_image_pixels")
-        _require(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
+        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "must lie between 0 and 1")
+        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "must lie in 0…1")
+        require_positive(self, "eval_max", "max_seq_len", "max_image_pixels")
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +89,18 @@ class OptimConfig:
     mixed_precision: Literal["bf16", "no"] = "bf16"
 
     def __post_init__(self) -> None:
-        _require_positive(self, "batch_size", "accumulation", "learning_rate", "eps", "max_grad_norm", "epochs")
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "must lie in 0…1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
-        _require(
+        require_positive(self, "batch_size", "accumulation", "learning_rate", "eps", "max_grad_norm", "epochs")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "must lie in 0…1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
+        require(
             0 <= self.min_learning_rate <= self.learning_rate,
             "min_learning_rate",
             self.min_learning_rate,
             "must lie between 0 and learning_rate",
         )
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in 0…1")
-        _require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "must be above 0")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in 0…1")
+        require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +121,9 @@ class EvalConfig:
     golden_max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        _require_positive(self, "quick_every", "quick_samples", "batch_size", "ablation_samples")
-        _require_positive(self, "bootstrap_samples", "golden_samples", "golden_max_new_tokens")
-        _require(0 < self.confidence < 1, "confidence", self.confidence, "must lie between 0 and 1")
+        require_positive(self, "quick_every", "quick_samples", "batch_size", "ablation_samples")
+        require_positive(self, "bootstrap_samples", "golden_samples", "golden_max_new_tokens")
+        require(0 < self.confidence < 1, "confidence", self.confidence, "must lie between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,8 @@ class SweepConfig:
     gap_weight: float = 0.1  # score = eval loss − gap_weight · (Δshuffle + Δzero); lower is better
 
     def __post_init__(self) -> None:
-        _require(bool(self.learning_rates), "learning_rates", self.learning_rates, "must name at least one rate")
-        _require(bool(self.vision_ln), "vision_ln", self.vision_ln, "must name at least one setting")
+        require(bool(self.learning_rates), "learning_rates", self.learning_rates, "must name at least one rate")
+        require(bool(self.vision_ln), "vision_ln", self.vision_ln, "must name at least one setting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,8 @@ class RunConfig:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "save_every", "keep_checkpoints", "log_every")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in 0…2³¹−1")
+        require_positive(self, "save_every", "keep_checkpoints", "log_every")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in 0…2³¹−1")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -168,33 +169,50 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing, too large or no YAML mapping; a key is unknown; a value
             has the wrong type or is out of range.
     """
-    return parse_config(_read_yaml(Path(path)), overrides, source=str(path))
+    return parse_config(read_yaml(path), overrides, source=str(path))
 
 
 def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config") -> RunConfig:
     """Build a RunConfig from a plain mapping; see `load_config`."""
+    return parse_as(RunConfig, tree, overrides, source)
+
+
+def parse_as(
+    cls: type[Config], tree: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "config"
+) -> Config:
+    """Build the dataclass `cls` from a plain mapping plus dotted `key=value` overrides.
+
+    Raises:
+        ConfigError: a key is unknown; a value has the wrong type or is out of range.
+    """
     try:
         merged = _deep_copy(tree)
         for override in overrides:
             _apply_override(merged, override)
-        return typing.cast(RunConfig, _build(RunConfig, merged, prefix="", source=source))
+        return typing.cast(Config, _build(cls, merged, prefix="", source=source))
     except RecursionError as error:
         raise ConfigError(
             f"{source} contains itself (a YAML anchor inside its own value) or is nested too deep."
         ) from error
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain JSON-serialisable mapping; `parse_config(to_dict(c)) == c`."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON-serialisable mapping of a configuration; `parse_config(to_dict(c)) == c`."""
     return typing.cast(dict[str, Any], _tuples_to_lists(dataclasses.asdict(config)))
 
 
-def dump_yaml(config: RunConfig) -> str:
+def dump_yaml(config: Any) -> str:
     """The resolved configuration as YAML text."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file of at most `MAX_CONFIG_BYTES`.
+
+    Raises:
+        ConfigError: it is missing, too large, not YAML or no mapping.
+    """
+    path = Path(path)
     try:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
@@ -293,11 +311,13 @@ def _tuples_to_lists(node: Any) -> Any:
     return [_tuples_to_lists(item) for item in node] if isinstance(node, (list, tuple)) else node
 
 
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
+def require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Refuse a value: `ConfigError` "key is value; it rule"."""
     if not condition:
         raise ConfigError(f"{key} is {value!r}; it {rule}.")
 
 
-def _require_positive(config: Any, *keys: str) -> None:
+def require_positive(config: Any, *keys: str) -> None:
+    """Refuse the first of the fields that is not above 0."""
     for key in keys:
-        _require(getattr(config, key) > 0, key, getattr(config, key), "must be above 0")
+        require(getattr(config, key) > 0, key, getattr(config, key), "must be above 0")
