@@ -11,11 +11,11 @@ LOCK = ".lock"
 
 
 class FolderLock:
-    """Holds `.lock` in a run folder from `acquire` to the end of the `with`.
+    """Holds `.lock` in a folder from `acquire` to the end of the `with`.
 
     The lock is the kernel's and belongs to the process, so it is gone the moment the process is, however that
     ends. It is of the POSIX kind (`lockf`), which data workers do not inherit. Where there is none (Windows,
-    some network file systems), runs go without.
+    some network file systems), they go without.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class FolderLock:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError) as problem:
                     raise StorageError(
-                        f"Another run is writing to {folder}. Wait until it ends, or choose another output_dir."
+                        f"Another run is writing to {folder}. Wait until it ends, or choose another folder."
                     ) from problem
         except StorageError:
             file.close()

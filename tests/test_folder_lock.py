@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from qwen3_vlm.errors import StorageError
-from qwen3_vlm.train.folder_lock import FolderLock
+from qwen3_vlm.folder_lock import FolderLock
 from qwen3_vlm.train.train_utils import train
 from tests.train.tiny_run import tiny_config, write_records
 
 OTHER_RUN = """
 import sys, time
 from pathlib import Path
-from qwen3_vlm.train.folder_lock import FolderLock
+from qwen3_vlm.folder_lock import FolderLock
 with FolderLock() as lock:
     lock.acquire(Path(sys.argv[1]))
     print("held", flush=True)

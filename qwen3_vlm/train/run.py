@@ -24,6 +24,7 @@ from qwen3_vlm.data.records import ImageRef
 from qwen3_vlm.errors import StorageError
 from qwen3_vlm.evaluate.environment import describe_environment
 from qwen3_vlm.evaluate.report import write_report
+from qwen3_vlm.folder_lock import FolderLock
 from qwen3_vlm.models.bases import load_bases
 from qwen3_vlm.models.precision import bf16_is_fast
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
@@ -41,7 +42,6 @@ from qwen3_vlm.train.checkpoint import (
 )
 from qwen3_vlm.train.data_source import DataSource
 from qwen3_vlm.train.evaluations import Evaluations, evidence
-from qwen3_vlm.train.folder_lock import FolderLock
 from qwen3_vlm.train.run_log import RunLog
 from qwen3_vlm.train.stages import Stage, trainable_parameters
 from qwen3_vlm.train.step_plan import StepPlan

@@ -26,11 +26,11 @@ from torch import Tensor
 from qwen3_vlm.config import OptimConfig, RunConfig, to_dict
 from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.errors import ConfigError, DataError, DivergenceError
+from qwen3_vlm.folder_lock import FolderLock
 from qwen3_vlm.train.add_ons import load_connector
 from qwen3_vlm.train.checkpoint import Checkpoints, require_same_run, restore_optimizer, run_identity
 from qwen3_vlm.train.data_source import check_data_paths, empty_micro_batch, open_data
 from qwen3_vlm.train.evaluations import Evaluations
-from qwen3_vlm.train.folder_lock import FolderLock
 from qwen3_vlm.train.identity import describe_bases
 from qwen3_vlm.train.packing_check import check_packing
 from qwen3_vlm.train.run import (
