@@ -93,7 +93,7 @@ def encode_record(record: TokenizedRecord, token_space: TokenSpace) -> tuple[byt
     Raises:
         RecordError: ids out of their range, metadata that is no JSON, or too much of either.
     """
-    origin = f"Record {record.id[:80]!r}"
+    origin = f"Record {str(record.id)[:80]!r}"
     if not (len(record.key) == 9 and record.key.isascii() and record.key.isdecimal()):
         raise RecordError(f"{origin} has the key {record.key!r}; nine digits are needed.", "bad_key")
     unknown = sorted(set(record.ids) - set(MODALITIES) | set(record.metadata) - set(MODALITIES[1:]))
