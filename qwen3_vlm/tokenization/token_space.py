@@ -32,6 +32,7 @@ from qwen3_vlm.tokenization.token_space_schema import (
     TextIdentity,
     check_name,
     parse_token_space,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -448,7 +449,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in pairs:
         if key in tree:
-            raise TokenSpaceError(f"The key {key} stands there twice.")
+            raise TokenSpaceError(f"The key {shown(key)} stands there twice.")
         tree[key] = value
     return tree
 
@@ -464,7 +465,7 @@ def _differences(first: Any, second: Any, key: str = "") -> list[str]:
         return [
             line
             for name in names
-            for line in _differences(first.get(name), second.get(name), f"{key}.{name}" if key else str(name))
+            for line in _differences(first.get(name), second.get(name), f"{key}.{shown(name)}" if key else shown(name))
         ]
     if type(first) is type(second) and first == second:
         return []
@@ -472,7 +473,7 @@ def _differences(first: Any, second: Any, key: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return "none" if value is None else str(value)[:80]
+    return "none" if value is None else shown(str(value)[:80])
 
 
 def _plain(tree: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class AudioIdentity:
             _whole(getattr(self, name), f"{key}.{name}")
         if type(self.clip_seconds) is not float or not 0 < self.clip_seconds <= 86_400:
             _refuse(f"{key}.clip_seconds", self.clip_seconds, "a number of seconds such as 10.0, at most a day")
-        if self.clip_seconds * self.sampling_rate_hz < self.samples_per_frame:
+        if not self.frames_per_clip:
             raise TokenSpaceError(f"{key}.clip_seconds is {self.clip_seconds}, shorter than one frame.")
         _digest(self.weights_sha256, f"{key}.weights_sha256")
 
@@ -110,7 +110,7 @@ class AudioIdentity:
     @property
     def frames_per_clip(self) -> int:
         """Frames of the longest clip."""
-        return int(self.clip_seconds * self.sampling_rate_hz) // self.samples_per_frame
+        return round(self.clip_seconds * self.sampling_rate_hz) // self.samples_per_frame
 
     def derived(self) -> dict[str, Any]:
         """What token_space.json says beside the fields, for readers without this package."""
@@ -170,6 +170,12 @@ def check_name(value: Any, key: str) -> None:
         _refuse(key, value, f"a printable text of 1 to {MAX_NAME} characters")
 
 
+def shown(value: Any) -> str:
+    """A key or value of a foreign file as it can stand in a sentence: short, and printable anywhere."""
+    text = str(value)[:MAX_NAME]
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def _image(tree: Any) -> ImageIdentity | None:
     if tree is None:
         return None
@@ -193,7 +199,7 @@ def _special_tokens(tree: Any) -> None:
     if not isinstance(tree, Mapping):
         _refuse("special_tokens", tree, "an object of names and ids")
     for name, value in tree.items():
-        check_name(name, f"special_tokens.{str(name)[:40]}")
+        check_name(name, f"special_tokens.{shown(name)}")
         _natural(value, f"special_tokens.{name}")
 
 
@@ -203,7 +209,7 @@ def _ranges(tree: Any) -> None:
     for name in ("TEXT", "SPECIAL"):
         if name not in tree:
             raise TokenSpaceError(f"ranges.{name} is missing.")
-    for name, span in tree.items():
+    for name, span in ((shown(name), span) for name, span in tree.items()):
         if type(span) is not list or len(span) != 2:
             _refuse(f"ranges.{name}", span, "[first, last]")
         for value in span:
@@ -218,7 +224,7 @@ def _exact_keys(tree: Any, keys: tuple[str, ...], prefix: str) -> None:
     dotted: Callable[[str], str] = lambda name: f"{prefix}.{name}" if prefix else name  # noqa: E731
     for name in tree:
         if name not in keys:
-            raise TokenSpaceError(f"{dotted(str(name)[:MAX_NAME])} is not a field of a token space.")
+            raise TokenSpaceError(f"{dotted(shown(name))} is not a field of a token space.")
     for name in keys:
         if name not in tree:
             raise TokenSpaceError(f"{dotted(name)} is missing.")
@@ -253,8 +259,8 @@ def _digest(value: Any, key: str) -> None:
 
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
-    shown = repr(value)
-    raise TokenSpaceError(f"{key} is {shown[:80]}{'…' if len(shown) > 80 else ''}; it must be {wanted}.")
+    text = repr(value)
+    raise TokenSpaceError(f"{key} is {shown(text[:80])}{'…' if len(text) > 80 else ''}; it must be {wanted}.")
 
 
 def _kind(value: Any) -> str:
