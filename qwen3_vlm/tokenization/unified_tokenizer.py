@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from qwen3_vlm.config import dump_yaml
+from qwen3_vlm.config import dump_yaml, parse_as, to_dict
 from qwen3_vlm.errors import ConfigError, TokenError
 from qwen3_vlm.storage import atomic_write_text
 from qwen3_vlm.tokenization.audio_codecs import AudioCodec, open_audio_codec
