@@ -13,8 +13,6 @@ Shapes: R C rows and columns of an image's grid, K codebooks, F frames.
 
 import hashlib
 import json
-import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +23,8 @@ import numpy.typing as npt
 
 from qwen3_vlm.errors import TokenError, TokenSpaceError
 from qwen3_vlm.storage import atomic_write_text
+from qwen3_vlm.tokenization.id_arrays import as_integers, require_between, stack_last, swap_last
+from qwen3_vlm.tokenization.strict_json import parse_strict, read_small, tree_differences
 from qwen3_vlm.tokenization.token_space_schema import (
     VERSION,
     AudioIdentity,
@@ -32,7 +32,6 @@ from qwen3_vlm.tokenization.token_space_schema import (
     TextIdentity,
     check_name,
     parse_token_space,
-    shown,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +65,6 @@ SPECIAL_TOKENS = (
 )
 SPECIAL_COUNT = 64
 MAX_IDS = 2**31 - 1  # ids are stored as int32
-MAX_FILE_BYTES = 1_000_000
 
 Modality = Literal["text", "special", "image", "audio"]
 Ids = TypeVar("Ids", int, npt.NDArray[Any], "torch.Tensor")
@@ -196,8 +194,8 @@ class TokenSpace:
             TokenError: a code lies outside its codebook, or is no integer.
         """
         span = self.range_of(modality, codebook)
-        codes = _integers(local)
-        _require_between(codes, 0, span.size - 1, f"local {_title(modality, codebook)} codes")
+        codes = as_integers(local)
+        require_between(codes, 0, span.size - 1, f"local {_title(modality, codebook)} codes")
         return codes + span.first
 
     def from_global(self, ids: Ids, modality: Modality, codebook: int | None = None) -> Ids:
@@ -207,8 +205,8 @@ class TokenSpace:
             TokenError: an id lies outside the range, or is no integer.
         """
         span = self.range_of(modality, codebook)
-        values = _integers(ids)
-        _require_between(values, span.first, span.last, f"{_title(modality, codebook)} ids", self)
+        values = as_integers(ids)
+        require_between(values, span.first, span.last, f"{_title(modality, codebook)} ids", self._belongs)
         return values - span.first
 
     def image_to_global(self, codes: Ids) -> Ids:
@@ -218,7 +216,7 @@ class TokenSpace:
             TokenError: another grid than this space's, or a code outside the codebook.
         """
         rows, columns = self._image().grid
-        values = _integers(codes)
+        values = as_integers(codes)
         if tuple(values.shape[-2:]) != (rows, columns):
             raise TokenError(
                 f"Image codes have the shape {tuple(values.shape)}; this space's grid is {rows} × {columns}.",
@@ -233,7 +231,7 @@ class TokenSpace:
             TokenError: another number of ids than the grid has, or an id that is no image id.
         """
         rows, columns = self._image().grid
-        values = _integers(ids)
+        values = as_integers(ids)
         if not values.ndim or values.shape[-1] != rows * columns:
             found = values.shape[-1] if values.ndim else "no list of"
             raise TokenError(
@@ -249,14 +247,14 @@ class TokenSpace:
             TokenError: another number of codebooks, or a code outside its codebook.
         """
         sizes = self._audio().codebook_sizes
-        values = _integers(codes)
+        values = as_integers(codes)
         if values.ndim < 2 or values.shape[-2] != len(sizes):
             raise TokenError(
                 f"Audio codes have the shape {tuple(values.shape)}; (…, {len(sizes)} codebooks, frames) is needed.",
                 "wrong_codebooks",
             )
         parts = [self.to_global(values[..., k, :], "audio", k) for k in range(len(sizes))]
-        return _stack(parts).reshape(*values.shape[:-2], -1)
+        return stack_last(parts).reshape(*values.shape[:-2], -1)
 
     def audio_from_global(self, ids: Ids) -> Ids:
         """Ids (…, F·K) to codes (…, K, F).
@@ -265,7 +263,7 @@ class TokenSpace:
             TokenError: the last frame is short, a codebook is out of order, or an id is no audio id.
         """
         count = len(self._audio().codebook_sizes)
-        values = _integers(ids)
+        values = as_integers(ids)
         if not values.ndim or values.shape[-1] % count:
             found = values.shape[-1] if values.ndim else "a single"
             raise TokenError(
@@ -273,7 +271,7 @@ class TokenSpace:
             )
         frames = values.reshape(*values.shape[:-1], values.shape[-1] // count, count)
         parts = [self.from_global(frames[..., k], "audio", k) for k in range(count)]
-        return _swap(_stack(parts))
+        return swap_last(stack_last(parts))
 
     def locate(self, ids: Ids) -> tuple[Ids, Ids]:
         """For each id the number of its range (in the order of `ranges`) and its local code.
@@ -281,8 +279,8 @@ class TokenSpace:
         Raises:
             TokenError: an id lies outside the token space.
         """
-        values = _integers(ids)
-        _require_between(values, 0, self.vocab_size_total - 1, "ids")
+        values = as_integers(ids)
+        require_between(values, 0, self.vocab_size_total - 1, "ids")
         spans = list(self.ranges.values())
         number = sum((values >= span.first) * 1 for span in spans[1:])
         first = sum((number == index) * span.first for index, span in enumerate(spans))
@@ -292,6 +290,11 @@ class TokenSpace:
         """The name of the range that one id lies in, and its local code."""
         number, local = self.locate(int(value))
         return list(self.ranges)[number], local
+
+    def _belongs(self, value: int) -> str:
+        """What an id is that stands in the wrong place."""
+        inside = 0 <= value < self.vocab_size_total
+        return f"; {value:,} belongs to {self.modality_of(value)[0]}" if inside else ""
 
     def _image(self) -> ImageIdentity:
         if self.image is None:
@@ -337,7 +340,7 @@ class TokenSpace:
             special_count=ranges["SPECIAL"][1] - ranges["SPECIAL"][0] + 1,
             extra_specials=tuple(name for name in names if name not in SPECIAL_TOKENS),
         )
-        lines = _differences(tree, space.to_dict())
+        lines = tree_differences(tree, space.to_dict())
         if lines:
             raise TokenSpaceError("The token space contradicts itself:\n  " + "\n  ".join(lines))
         return space
@@ -365,12 +368,12 @@ class TokenSpace:
         """
         file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
         try:
-            space = cls.from_json(_read(file))
+            space = cls.from_json(read_small(file))
         except TokenSpaceError as error:
             raise TokenSpaceError(f"{file}: {error}") from error
         hash_file = file.with_name(HASH_NAME)
         if hash_file.is_file():
-            expected = _read(hash_file).decode("ascii", "replace").strip()
+            expected = read_small(hash_file).decode("ascii", "replace").strip()
             if expected != space.sha256:
                 raise TokenSpaceError(
                     f"{file} has the sha256 {space.sha256}, {HASH_NAME} beside it says {expected[:64]!r}: one of them "
@@ -385,17 +388,13 @@ class TokenSpace:
         Raises:
             TokenSpaceError: it is not valid JSON or not a valid token space.
         """
-        try:
-            tree = json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise TokenSpaceError(f"It is not valid JSON ({' '.join(str(error).split())}).") from error
-        return cls.from_dict(tree)
+        return cls.from_dict(parse_strict(data))
 
     # People -----------------------------------------------------------------------------------------------
 
     def differences(self, other: "TokenSpace") -> list[str]:
         """One line per field in which the two differ: this one's value first."""
-        return _differences(self.to_dict(), other.to_dict())
+        return tree_differences(self.to_dict(), other.to_dict())
 
     def require_same(self, other: "TokenSpace", what: str) -> None:
         """Refuse `what`, made with `other`, where this space is needed.
@@ -434,115 +433,9 @@ class TokenSpace:
         return "\n".join(lines)
 
 
-def _read(file: Path) -> bytes:
-    try:
-        with open(file, "rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise TokenSpaceError(f"It can't be read: {error.strerror or error}.") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise TokenSpaceError(f"It is larger than {MAX_FILE_BYTES:,} bytes.")
-    return data
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in tree:
-            raise TokenSpaceError(f"The key {shown(key)} stands there twice.")
-        tree[key] = value
-    return tree
-
-
-def _no_constant(text: str) -> Any:
-    raise TokenSpaceError(f"It holds {text}, which is not JSON.")
-
-
-def _differences(first: Any, second: Any, key: str = "") -> list[str]:
-    """One line per leaf in which two JSON trees differ; types count, so 1, 1.0 and true are three values."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        names = list(dict.fromkeys([*first, *second]))
-        return [
-            line
-            for name in names
-            for line in _differences(first.get(name), second.get(name), f"{key}.{shown(name)}" if key else shown(name))
-        ]
-    if type(first) is type(second) and first == second:
-        return []
-    return [f"{key}: {_short(first)} ≠ {_short(second)}"]
-
-
-def _short(value: Any) -> str:
-    return "none" if value is None else shown(str(value)[:80])
-
-
 def _plain(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in tree.items()}
 
 
 def _title(modality: str, codebook: int | None) -> str:
     return modality if codebook is None else f"{modality} codebook {codebook}"
-
-
-# Arithmetic that is the same for ints, numpy and torch ----------------------------------------------------
-
-
-def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")  # who has a tensor has imported torch
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _integers(values: Any) -> Any:
-    """int, int64 array or int64 tensor; anything that is no integer is refused, not rounded."""
-    if isinstance(values, (int, np.integer)) and not isinstance(values, (bool, np.bool_)):
-        return int(values)
-    if _is_tensor(values):
-        if values.is_floating_point() or values.is_complex() or str(values.dtype) == "torch.bool":
-            raise TokenError(f"Ids are whole numbers; a tensor of {values.dtype} was given.", "not_integer")
-        return values.long()
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise TokenError(f"Ids must be one rectangular list of whole numbers ({error}).", "not_integer") from error
-    if array.size == 0 and array.dtype == np.float64:  # an empty list
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise TokenError(f"Ids are whole numbers; {type(values).__name__} of {array.dtype} was given.", "not_integer")
-    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise TokenError(f"The id {int(array.max())} is larger than any token space.", "out_of_range")
-    return array.astype(np.int64)
-
-
-def _require_between(values: Any, low: int, high: int, what: str, space: TokenSpace | None = None) -> None:
-    """Refuse the first value outside low … high, naming it, its place and (for ids) where it would belong."""
-    if isinstance(values, int):
-        bad, place = (not low <= values <= high), ""
-        value = values
-    else:
-        outside = (values < low) | (values > high)
-        bad = bool(outside.any())
-        if bad:
-            flat = outside.reshape(-1)
-            index = int(flat.int().argmax()) if _is_tensor(flat) else int(flat.argmax())
-            value, place = int(values.reshape(-1)[index]), f" at position {index}"
-    if not bad:
-        return
-    belongs = ""
-    if space is not None and 0 <= value < space.vocab_size_total:
-        belongs = f"; {value:,} belongs to {space.modality_of(value)[0]}"
-    raise TokenError(f"{what[0].upper()}{what[1:]} lie in {low:,}–{high:,}; {value:,} was given{place}{belongs}.",
-                     "out_of_range")  # fmt: skip
-
-
-def _stack(parts: list[Any]) -> Any:
-    """K arrays (…, F) to one (…, F, K)."""
-    if _is_tensor(parts[0]):
-        return sys.modules["torch"].stack(parts, dim=-1)
-    return np.stack(parts, axis=-1)
-
-
-def _swap(values: Any) -> Any:
-    """(…, F, K) to (…, K, F), contiguous."""
-    if _is_tensor(values):
-        return values.transpose(-1, -2).contiguous()
-    return np.ascontiguousarray(np.swapaxes(values, -1, -2))

@@ -1,0 +1,69 @@
+"""JSON read so that what is accepted is exactly what was written, and compared leaf by leaf."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3_vlm.errors import TokenSpaceError
+from qwen3_vlm.tokenization.token_space_schema import shown
+
+__all__ = ["parse_strict", "read_small", "tree_differences"]
+
+MAX_FILE_BYTES = 1_000_000
+
+
+def parse_strict(data: bytes | str) -> Any:
+    """The JSON tree; keys may not repeat, NaN and infinity are refused.
+
+    Raises:
+        TokenSpaceError: it is not valid JSON.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise TokenSpaceError(f"It is not valid JSON ({shown(' '.join(str(error).split()))}).") from error
+
+
+def read_small(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise TokenSpaceError(f"It can't be read: {error.strerror or error}.") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise TokenSpaceError(f"It is larger than {MAX_FILE_BYTES:,} bytes.")
+    return data
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise TokenSpaceError(f"The key {shown(key)} stands there twice.")
+        tree[key] = value
+    return tree
+
+
+def _no_constant(text: str) -> Any:
+    raise TokenSpaceError(f"It holds {text}, which is not JSON.")
+
+
+def tree_differences(first: Any, second: Any, key: str = "") -> list[str]:
+    """One line per leaf in which two JSON trees differ; types count, so 1, 1.0 and true are three values."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        names = list(dict.fromkeys([*first, *second]))
+        return [
+            line
+            for name in names
+            for line in tree_differences(
+                first.get(name), second.get(name), f"{key}.{shown(name)}" if key else shown(name)
+            )
+        ]
+    if type(first) is type(second) and first == second:
+        return []
+    return [f"{key}: {_short(first)} ≠ {_short(second)}"]
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else shown(str(value)[:80])
