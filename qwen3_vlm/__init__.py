@@ -1,4 +1,4 @@
-"""Teach a frozen text-only Qwen3 to see, by training and shipping a small add-on.
+"""Teach a frozen text-only Qwen3 to see and hear, by training and shipping a small add-on.
 
 Only the public names are here. Each is imported when it is first asked for, so that `import qwen3_vlm`
 costs nothing and does not import torch.
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         Qwen3VLMModel,
         Qwen3VLMProcessor,
     )
+    from qwen3_vlm.tokenization.token_space import TokenSpace
+    from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
     from qwen3_vlm.train.add_ons import load_vlm
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ _HOMES = {
     "Qwen3VLMModel": "qwen3_vlm.models",
     "Qwen3VLMProcessor": "qwen3_vlm.models",
     "RunConfig": "qwen3_vlm.config",
+    "TokenSpace": "qwen3_vlm.tokenization.token_space",
+    "UnifiedTokenizer": "qwen3_vlm.tokenization.unified_tokenizer",
     "caption_images": "qwen3_vlm.evaluate.captioning",
     "load_config": "qwen3_vlm.config",
     "load_vlm": "qwen3_vlm.train.add_ons",
@@ -46,6 +50,8 @@ __all__ = [
     "Qwen3VLMModel",
     "Qwen3VLMProcessor",
     "RunConfig",
+    "TokenSpace",
+    "UnifiedTokenizer",
     "__version__",
     "caption_images",
     "load_config",
