@@ -16,18 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qwen3_vlm import __version__
-from qwen3_vlm.errors import DataError, ImageError, ModelError, Qwen3VLMError
+from qwen3_vlm.cli_data import data_app
+from qwen3_vlm.errors import DataError, ImageError, Qwen3VLMError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from qwen3_vlm.config import RunConfig
 
 DEBUG_VARIABLE = "QWEN3_VLM_DEBUG"
 _COMMON_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _RARE_SUFFIXES = (".apng", ".avif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm")
 IMAGE_SUFFIXES = frozenset(_COMMON_SUFFIXES + _RARE_SUFFIXES)
-CONFIG_SUFFIXES = frozenset({".yaml", ".yml"})
 
 app = typer.Typer(
     help="Teach a frozen text-only Qwen3 to see, by training and shipping a small add-on.",
@@ -36,7 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at a data set before training does.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/stage1_align.yaml.", show_default=False)]
@@ -154,45 +151,6 @@ def caption(
         raise typer.Exit(1)
 
 
-@data_app.command()
-def doctor(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE...",
-            help="A YAML file followed by KEY=VALUE overrides, or record files (LLaVA JSON, JSONL, tar) and folders.",
-            show_default=False,
-        ),
-    ],
-    export: Annotated[Path | None, typer.Option(help="Folder for report.json, report.txt and problems.jsonl.")] = None,
-    tokens: Annotated[bool, typer.Option(help="Check labels, placeholders and lengths with the tokenizer.")] = True,
-    pictures: Annotated[bool, typer.Option(help="Read and decode every picture.")] = True,
-) -> None:
-    """Find what is wrong with a data set before training does; exit status 1 if anything is."""
-    from qwen3_vlm.data.doctor import examine
-
-    config = read_sources(sources)
-    report = examine(config, load_processor(config) if tokens else None, decode_images=pictures, progress=True)
-    print(report.table())
-    if export is not None:
-        report.export(export)
-        print(f"Findings: {export}")
-    raise typer.Exit(report.exit_status)
-
-
-@data_app.command(name="cache-benchmark")
-def cache_benchmark(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures to measure with.")] = 64,
-) -> None:
-    """Measure whether caching the tower's outputs on disk pays on this machine."""
-    from qwen3_vlm.config import load_config
-    from qwen3_vlm.train.cache_benchmark import measure_feature_cache
-
-    print(measure_feature_cache(load_config(config, overrides or []), images=images))
-
-
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]) -> None:
     """Write report.html of a run, finished or not: curves, gates, golden samples, costs."""
@@ -259,31 +217,6 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
         else:
             raise DataError(f"{path} does not exist; give a picture or a folder of pictures.")
     return found
-
-
-def read_sources(sources: Sequence[str]) -> "RunConfig":
-    """The configuration of `SOURCE...`: a YAML file with overrides, or plain record files."""
-    from qwen3_vlm.config import load_config, parse_config
-
-    if Path(sources[0]).suffix.lower() in CONFIG_SUFFIXES:
-        return load_config(sources[0], sources[1:])
-    overrides = [source for source in sources if "=" in source and not Path(source).exists()]
-    files = [source for source in sources if source not in overrides]
-    return parse_config({"data": {"train": files}} if files else {}, overrides, source="command line")
-
-
-def load_processor(config: "RunConfig") -> Any:
-    """The tokenizer and image processor of the bases, without their weights."""
-    from qwen3_vlm.models import Qwen3VLMProcessor
-
-    model = config.model
-    try:
-        return Qwen3VLMProcessor.from_bases(model.llm, model.vision_tower, model.num_latents, model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The tokenizer of {model.llm} or the image processor of {model.vision_tower} can't be read. Name folders "
-            "with model.llm=… and model.vision_tower=…, or leave out what needs them with --no-tokens."
-        ) from error
 
 
 def quiet_loading() -> None:

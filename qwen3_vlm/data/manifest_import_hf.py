@@ -196,13 +196,13 @@ def _open(file: Path) -> tuple[Any, Iterator[dict[str, Any]]]:
     """The schema, and the rows one by one."""
     pyarrow = _pyarrow()
     if file.suffix == ".parquet":
-        import pyarrow.parquet
+        from pyarrow import parquet
 
-        table = pyarrow.parquet.ParquetFile(file)
+        table = parquet.ParquetFile(file)
         return table.schema_arrow, _rows(table.iter_batches(batch_size=BATCH_ROWS))
-    import pyarrow.ipc
+    from pyarrow import ipc
 
-    reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
+    reader = ipc.open_stream(pyarrow.memory_map(str(file)))
     return reader.schema, _rows(reader)
 
 

@@ -10,6 +10,7 @@ and renamed. So whatever moment a run is killed at, the next one does what is le
 
 import contextlib
 import functools
+import os
 import signal
 import threading
 from collections import Counter
@@ -116,6 +117,30 @@ def tokenize_manifest(
         finally:
             remove_leftovers(out / "shards")
         return _finish(plan)
+
+
+def run_tokenize(
+    manifest: Path,
+    out: Path,
+    uti_config: Path,
+    overrides: Sequence[str] = (),
+    *,
+    workers: int | None = None,
+    **settings: Any,
+) -> bool:
+    """What `qwen3-vlm data tokenize` does: tokenize with a progress bar and print what came out → is it finished?
+
+    `workers` None takes one per core; for the rest and the errors see `tokenize_manifest`.
+    """
+    count = num_cores() if workers is None else workers
+    result = tokenize_manifest(manifest, out, uti_config, overrides, workers=count, progress=True, **settings)
+    print(result.table())
+    return result.finished
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_worker(plan: Plan, download: bool) -> Work:
