@@ -89,7 +89,8 @@ def log_mel(samples: NDArray[np.floating[Any]], sampling_rate_hz: int) -> NDArra
     """log10 magnitudes of one channel (S,) → (80 bands, frames).
 
     Hann windows of 64 ms every 16 ms, at any sampling rate; zeros around the sound; 80 Slaney mel bands
-    from 0 to half the rate. A full-scale sine has a magnitude of about 1, and the floor is 1e-4.
+    from 0 to half the rate (below 5 kHz fewer, since each needs a frequency of its own). A full-scale sine
+    has a magnitude of about 1, and the floor is 1e-4.
     """
     from transformers.audio_utils import spectrogram, window_function
 
@@ -112,8 +113,9 @@ def log_mel(samples: NDArray[np.floating[Any]], sampling_rate_hz: int) -> NDArra
 def _mel_filters(window: int, sampling_rate_hz: int) -> NDArray[np.float64]:
     from transformers.audio_utils import mel_filter_bank
 
-    half = sampling_rate_hz / 2
-    return mel_filter_bank(window // 2 + 1, MEL_BANDS, 0.0, half, sampling_rate_hz, norm=None, mel_scale="slaney")
+    bins, half = window // 2 + 1, sampling_rate_hz / 2
+    bands = min(MEL_BANDS, bins // 2)
+    return mel_filter_bank(bins, bands, 0.0, half, sampling_rate_hz, norm=None, mel_scale="slaney")
 
 
 def _gaussian(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -128,6 +128,15 @@ def test_log_mel_measures_level_in_tenths_of_bels() -> None:
     assert log_mel(sine(1000)[0], RATE).max() == pytest.approx(0.0, abs=0.25)
 
 
+@pytest.mark.parametrize("rate", [500, 800, 1000, 1500, 2000, 3000, 4000, 5000, 6000])
+def test_low_rates_have_fewer_bands(rate: int) -> None:
+    """None of them empty: the library warns of an empty one, and warnings are errors here."""
+    bands, frames = log_mel(sine(rate / 5, 1.0, rate)[0], rate).shape
+    assert bands <= MEL_BANDS
+    assert frames > 60
+    assert (bands == MEL_BANDS) == (rate >= 5000)
+
+
 def test_log_mel_of_silence_and_short_sounds() -> None:
     silence = np.zeros((1, 500), np.float32)
     assert log_mel_l1(silence, silence, RATE) == 0.0
