@@ -5,6 +5,7 @@
     DIR/images/seen/…                 DIR/heldout_seen.json      new scenes of pairs that training knows
     DIR/images/plain/…                DIR/heldout_plain.json     each object's drawing as it is, on white
     DIR/images/drawings/…             DIR/drawings.json          every named drawing as it is (if asked for)
+    DIR/audio/…                       DIR/manifest_*.jsonl       the same, spoken (if asked for; see speech_dataset)
 
 Everything follows from the seed. The drawings are OpenMoji's (CC BY-SA 4.0); DIR/ATTRIBUTION.txt says so.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from qwen3_vlm.demo.drawings import Pixels, compose, drawing_is_held_out, named_drawings, plain_drawing
+from qwen3_vlm.demo.speech_dataset import Captioned, write_speech
 from qwen3_vlm.demo.world import NAMES, PROMPTS, UNSEEN_MIX, Scene, plain_scene, scenes
 from qwen3_vlm.storage import atomic_directory
 
@@ -34,6 +36,8 @@ class DemoSizes:
     unseen: int = 500
     seen: int = 500
     drawings: bool = False
+    spoken: int = 0  # of the training pictures, and of the drawings where there are any
+    spoken_unseen: int = 0  # of the unseen pictures, once in training voices and once in the held-out voice
 
 
 def build(folder: Path, sizes: DemoSizes | None = None, seed: int = 0) -> Path:
@@ -54,10 +58,14 @@ def build(folder: Path, sizes: DemoSizes | None = None, seed: int = 0) -> Path:
             "seen": ("heldout_seen.json", scenes(f"seen-{seed}", mix=UNSEEN_MIX), sizes.seen),
             "plain": ("heldout_plain.json", map(plain_scene, NAMES), len(NAMES)),
         }
-        for part, (name, stream, count) in parts.items():
-            _write_part(temporary, part, name, _scene_pictures(islice(stream, count), rng))
+        written = {
+            part: _write_part(temporary, part, name, _scene_pictures(islice(stream, count), rng))
+            for part, (name, stream, count) in parts.items()
+        }
         if sizes.drawings:
-            _write_part(temporary, "drawings", "drawings.json", _plain_pictures())
+            written["drawings"] = _write_part(temporary, "drawings", "drawings.json", _plain_pictures())
+        if sizes.spoken or sizes.spoken_unseen:
+            write_speech(temporary, written, sizes.spoken, sizes.spoken_unseen, seed)
         (temporary / "ATTRIBUTION.txt").write_text(_attribution(), encoding="utf-8")
         (temporary / "stamp.json").write_text(stamp, encoding="utf-8")
     return folder
@@ -74,15 +82,17 @@ def _plain_pictures() -> Iterator[tuple[Pixels, str, str]]:
             yield plain_drawing(code), NAME_PROMPT, name
 
 
-def _write_part(folder: Path, part: str, name: str, pictures: Iterable[tuple[Pixels, str, str]]) -> None:
-    """Pictures to PNG files, and one LLaVA JSON file that lists them."""
+def _write_part(folder: Path, part: str, name: str, pictures: Iterable[tuple[Pixels, str, str]]) -> list[Captioned]:
+    """Pictures to PNG files, and one LLaVA JSON file that lists them; what was written, in order."""
     (folder / "images" / part).mkdir(parents=True)
-    records = []
+    records, written = [], []
     for index, (pixels, prompt, answer) in enumerate(pictures):
         image = f"images/{part}/{index:06d}.png"
         Image.fromarray(pixels).save(folder / image, compress_level=1)
         records.append(llava_record(f"{part}-{index:06d}", image, prompt, answer))
+        written.append(Captioned(f"{part}-{index:06d}", image, answer))
     (folder / name).write_text(json.dumps(records, indent=0), encoding="utf-8")
+    return written
 
 
 def llava_record(identity: str, image: str, prompt: str, answer: str) -> dict[str, Any]:

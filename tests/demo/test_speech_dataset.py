@@ -1,0 +1,68 @@
+"""The spoken part of the demo's data set: files that the importers of a user's own data read."""
+
+import json
+import wave
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_vlm.data.manifest import ManifestRecord, read_manifest
+from qwen3_vlm.demo.dataset import DemoSizes, build
+from qwen3_vlm.demo.voices import HELD_OUT_VOICE
+
+pytest.importorskip("espeakng_loader")
+SIZES = DemoSizes(train=12, unseen=6, seen=2, spoken=5, spoken_unseen=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("spoken") / "data", SIZES)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_line_ties_a_picture_its_words_and_a_voice(folder: Path) -> None:
+    for part, count in (("train", 5), ("unseen", 3), ("voice", 3)):
+        lines = lines_of(folder / f"manifest_{part}.jsonl")
+        assert len(lines) == count
+        captions = {
+            r["image"]: r["conversations"][1]["value"] for r in json.loads(llava_file(folder, part).read_text())
+        }
+        for line in lines:
+            assert set(line) == {"id", "source", "modalities", "text", "task", "meta"}
+            assert captions[line["modalities"]["image"]] == line["text"]
+            with wave.open(str(folder / line["modalities"]["audio"])) as sound:
+                assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (16000, 1, 2)
+                assert 1 < sound.getnframes() / 16000 < 12
+
+
+def llava_file(folder: Path, part: str) -> Path:
+    return folder / ("train.json" if part == "train" else "heldout_unseen.json")
+
+
+def test_the_held_out_voice_is_heard_in_its_own_part_alone(folder: Path) -> None:
+    voices = {
+        part: {line["meta"]["voice"] for line in lines_of(folder / f"manifest_{part}.jsonl")}
+        for part in ("train", "unseen", "voice")
+    }
+    assert voices["voice"] == {HELD_OUT_VOICE.name}
+    assert HELD_OUT_VOICE.name not in voices["train"] | voices["unseen"]
+
+
+def test_the_manifests_read_without_a_bad_line(folder: Path) -> None:
+    for path in folder.glob("manifest_*.jsonl"):
+        entries = [line.entry for line in read_manifest(path)]
+        assert all(isinstance(entry, ManifestRecord) and entry.image and entry.audio for entry in entries)
+
+
+def test_it_is_the_same_each_time_and_absent_unless_asked_for(folder: Path, tmp_path: Path) -> None:
+    again = build(tmp_path / "again", SIZES)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in files)
+    silent = build(tmp_path / "silent", DemoSizes(train=2, unseen=1, seen=1))
+    assert not (silent / "audio").exists()
+    assert not list(silent.glob("manifest_*"))
