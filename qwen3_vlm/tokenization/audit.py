@@ -104,9 +104,10 @@ def audit_uti(
 
     Raises:
         GateError: the baseline is no report, or of other items.
-        TokenSpaceError: the baseline has another token space; one line per difference.
+        TokenSpaceError: the baseline or the second tokenizer has another token space; one line per difference.
     """
     second = reopen() if reopen is not None else uti
+    uti.token_space.require_same(second.token_space, "The tokenizer opened anew")
     given: dict[str, Mapping[str, Any]] = {"image": images or {}} if uti.image_tokenizer is not None else {}
     if uti.audio_codec is not None:
         given["audio"] = sounds or {}

@@ -160,10 +160,11 @@ def examine(
         _in_range(uti, side, encoded),
         _shapes(side, given, encoded),
     ]
-    decoded = {name: side.decode(found.ids, found.metadata) for name, found in encoded.items()}
+    decoded, problems = _decode_all(side, encoded)
+    encoded = {name: encoded[name] for name in decoded}
     prepared = {name: side.prepare(item) for name, item in given.items()}
     findings.checks += [
-        _decodes(side, decoded, prepared),
+        _decodes(side, decoded, prepared, problems),
         _metadata_suffices(second, encoded, decoded),
         _decodes_without_metadata(side, encoded, decoded),
         _refuses_wrong_ids(side, encoded),
@@ -275,12 +276,28 @@ def _shapes(side: Side, items: Mapping[str, Any], encoded: Mapping[str, Encoded]
     return _check(side.modality, "number of ids", bad, f"{words} ids, as the size of each item asks for")
 
 
-def _decodes(side: Side, decoded: Mapping[str, NDArray[Any]], prepared: Mapping[str, NDArray[Any]]) -> Check:
-    bad = [
-        name
-        for name, found in decoded.items()
-        if found.shape != prepared[name].shape or found.dtype != prepared[name].dtype or not np.isfinite(found).all()
-    ]
+def _decode_all(side: Side, encoded: Mapping[str, Encoded]) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """What each item's own ids decode to, and who refuses them."""
+    decoded, problems = {}, []
+    for name, found in encoded.items():
+        try:
+            decoded[name] = side.decode(found.ids, found.metadata)
+        except TokenError as error:
+            problems.append(f"{name} ({error})")
+    return decoded, problems
+
+
+def _decodes(
+    side: Side,
+    decoded: Mapping[str, NDArray[Any]],
+    prepared: Mapping[str, NDArray[Any]],
+    problems: Sequence[str],
+) -> Check:
+    bad = [*problems]
+    for name, found in decoded.items():
+        like = prepared[name]
+        if found.shape != like.shape or found.dtype != like.dtype or not np.isfinite(found).all():
+            bad.append(name)
     kinds = sorted({f"{array.dtype} {_shape(array.shape)}" for array in prepared.values()})
     words = ", ".join(kinds[:3]) + (" …" if len(kinds) > 3 else "")
     return _check(side.modality, "decodes to the original's shape", bad, words)

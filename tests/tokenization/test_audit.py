@@ -163,6 +163,25 @@ def test_sounds_that_come_back_short_are_found() -> None:
     assert ("audio", "decodes to the original's shape") in failed(audit(plain_uti(audio=Short())))
 
 
+def test_ids_that_their_own_decoder_refuses_are_found() -> None:
+    class Picky(Worse):
+        def decode(self, codes: Any) -> Any:
+            raise TokenError("These codes are not to my taste.", "taste")
+
+    result = audit(plain_uti(image=Picky()))
+    assert ("image", "decodes to the original's shape") in failed(result)
+    assert any("not to my taste" in line for line in result.failures)
+    assert result.report["figures"]["image"]["psnr_db"]["mean"] is None
+
+
+def test_a_second_tokenizer_of_another_space_is_refused() -> None:
+    class Renamed(Worse):
+        weights_sha256 = "0" * 64
+
+    with pytest.raises(TokenSpaceError, match="opened anew"):
+        audit(reopen=lambda: plain_uti(image=Renamed()))
+
+
 def test_sizes_that_changed_after_loading_are_found() -> None:
     uti = plain_uti()
     uti.audio_codec.codebook_sizes = (16, 17)
@@ -317,7 +336,7 @@ def test_a_baseline_of_another_token_space_is_refused(good: UTIAudit) -> None:
         weights_sha256 = "0" * 64
 
     with pytest.raises(TokenSpaceError, match=r"(?s)The baseline has another token space.*weights_sha256"):
-        audit(plain_uti(image=Renamed()), baseline=through_json(good.report))
+        audit(plain_uti(image=Renamed()), reopen=None, baseline=through_json(good.report))
 
 
 def test_a_baseline_of_other_items_is_refused(good: UTIAudit) -> None:

@@ -323,7 +323,7 @@ def judge(tree: Any) -> bool:
     except TokenSpaceError as error:
         message = str(error)
         assert found, f"refused, though valid: {message}\n{tree}"
-        fields = {field for rule in found for field in rule}
+        fields = {shown for rule in found for field in rule for shown in (field, ascii(field)[1:-1])}
         assert any(field in message for field in fields), f"{message}\n names none of {fields}"
         message.encode("utf-8")  # can be printed
         assert len(message) < 40_000
