@@ -222,6 +222,10 @@ class Shards(Sequence[TokenizedRecord]):
         """The tar of one shard."""
         return self.folder / "shards" / f"{self.entries[shard].name}.tar"
 
+    def index_rows(self, shard: int) -> Index:
+        """The mapped index of one shard, see INDEX_COLUMNS."""
+        return self._indices[shard]
+
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
