@@ -64,13 +64,19 @@ class PixelScaling:
 
 
 def _processor_values(folder: Path) -> dict[str, Any]:
-    values: Any = {}
-    if (folder / _PROCESSOR_FILE).is_file():
-        values = read_json(folder / _PROCESSOR_FILE, error=ModelError)
-    elif (folder / _PROCESSORS_FILE).is_file():
-        values = read_json(folder / _PROCESSORS_FILE, error=ModelError).get("image_processor", {})
+    values = _json_object(folder / _PROCESSOR_FILE) or _json_object(folder / _PROCESSORS_FILE).get(
+        "image_processor", {}
+    )
     names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    values = read_json(file, error=ModelError) if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} is not a JSON object.")
+    return values
 
 
 def _triple(value: Any, folder: Path) -> tuple[float, float, float]:
@@ -236,8 +242,7 @@ class DiffusersTokenizer(_ImageModel):
     _UNIT_RANGE_PIPELINES = ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
 
     def processor_defaults(self, folder: Path) -> dict[str, Any]:
-        index = folder.parent / "model_index.json"
-        pipeline = read_json(index, error=ModelError).get("_class_name") if index.is_file() else None
+        pipeline = _json_object(folder.parent / "model_index.json").get("_class_name")
         do_normalize = pipeline not in self._UNIT_RANGE_PIPELINES
         scale = {"do_rescale": True, "rescale_factor": 1 / 255}
         return {**scale, "do_normalize": do_normalize, "image_mean": 0.5, "image_std": 0.5}

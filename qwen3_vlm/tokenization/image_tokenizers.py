@@ -73,9 +73,10 @@ def open_image_tokenizer(config: "ImageConfig", *, download: bool = True) -> Ima
     else:
         tokenizer = open_third_party(config, GROUP, _BUILT_IN)
     check_attributes(tokenizer, _ATTRIBUTES, config.type)
-    side = config.resolution
-    wanted = {"image.codebook_size": config.codebook_size, "image.resolution": None if side is None else (side, side)}
-    found = {"image.codebook_size": tokenizer.codebook_size, "image.resolution": tuple(tokenizer.resolution)}
+    height, width = tokenizer.resolution
+    wanted = {"image.codebook_size": config.codebook_size, "image.resolution": config.resolution}
+    found = {"image.codebook_size": tokenizer.codebook_size}
+    found["image.resolution"] = height if height == width else (height, width)
     check_agreement(wanted, found, f"the image tokenizer {config.source}")
     return tokenizer
 
