@@ -74,6 +74,7 @@ def index_manifest(path: str | Path, visit: Visit | None = None) -> ManifestInde
     path = Path(path)
     offsets, lines, hashes = array("q"), array("q"), array("Q")
     digest = hashlib.sha256()
+    open_manifest(path).close()  # says what it is if it is no manifest
     status = _status(path)
     for line in read_manifest(path, digest):
         offsets.append(line.offset)
