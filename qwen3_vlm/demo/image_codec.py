@@ -65,7 +65,8 @@ def new_codec() -> JanusVQVAE:
     codec = JanusVQVAE(codec_config())
     for name, module in codec.named_modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             if name.endswith(("conv2", "proj_out")):
                 nn.init.zeros_(module.weight)
@@ -174,8 +175,7 @@ class CodeTraining(nn.Module):
         mean = hidden.mean(1, keepdim=True)
         values, axes = torch.linalg.eigh(torch.cov(hidden))
         rows = (axes / values.sqrt()).T.flip(0)[: self.rows.shape[1]]
-        self.quant_conv.weight.copy_(rows[:, :, None, None])
-        self.quant_conv.bias.copy_(-(rows @ mean)[:, 0])
+        self.quant_conv.load_state_dict({"weight": rows[:, :, None, None], "bias": -(rows @ mean)[:, 0]})
 
     def vectors(self, pixel_values: Tensor) -> Tensor:
         """(B, E, √P, √P) of length 1."""
