@@ -99,9 +99,9 @@ def manifest_audit(
     problems: Annotated[Path | None, typer.Option(help="JSON Lines file for one line per problem.")] = None,
 ) -> None:
     """Check every line of a raw manifest; exit status 1 if a record can't be used."""
-    from qwen3_vlm.data.manifest_audit import audit_manifest
+    from qwen3_vlm.data.manifest_audit import Media, audit_manifest
 
-    media = "decode" if decode else "files" if files else "none"
+    media: Media = "decode" if decode else "files" if files else "none"
     report = audit_manifest(manifest, media=media, problems=problems, progress=True)
     print(report.table())
     if problems is not None:
@@ -192,6 +192,7 @@ def tokenize(
         float, typer.Option(min=0, max=1, help="Stop when more of the records can't be used; 1 never stops.")
     ] = 1.0,
     restart: Annotated[bool, typer.Option("--restart", help="Remove what OUT holds and begin anew.")] = False,
+    download: Annotated[bool, typer.Option(help="Fetch tokenizers that are not on this machine.")] = True,
 ) -> None:
     """Turn a manifest into shards of ids; run it again to go on where it stopped.
 
@@ -211,8 +212,34 @@ def tokenize(
         fractions={"val": val, "test": test},
         max_bad_fraction=max_bad_fraction,
         restart=restart,
+        download=download,
     )
     raise typer.Exit(0 if finished else STOPPED)
+
+
+@data_app.command()
+def audit(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a tokenized data set.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of uti.yaml, such as image.source=/data/codec."),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Records that are read, checked and decoded.")] = 1_000,
+    every: Annotated[bool, typer.Option("--all", help="Read and check every record.")] = False,
+    manifest: Annotated[
+        Path | None, typer.Option(help="The manifest it was made from, to tokenize a few records again and compare.")
+    ] = None,
+    download: Annotated[bool, typer.Option(help="Fetch tokenizers that are not on this machine.")] = True,
+) -> None:
+    """Check a tokenized data set and write OUT/audit.json; exit status 1 if anything is wrong.
+
+    Training refuses a data set without a passing audit of exactly what is there.
+    """
+    from qwen3_vlm.data.shard_audit import run_shard_audit
+
+    count = None if every else sample
+    report = run_shard_audit(out, sample=count, manifest=manifest, overrides=overrides or (), download=download)
+    raise typer.Exit(report.exit_status)
 
 
 def _uti_config(given: Path | None, out: Path) -> Path:

@@ -97,7 +97,7 @@ def tokenize_manifest(
         ConfigError, ModelError, TokenSpaceError: the tokenizers can't be loaded, or are not those of `out`.
         StorageError: the disk is full, or another run is writing to `out`.
     """
-    manifest, out = Path(manifest), Path(out)
+    manifest, out = Path(manifest), Path(os.path.abspath(out))  # a worker on a cluster may stand elsewhere
     _check(workers, engine, max_bad_fraction)
     (out / "shards").mkdir(parents=True, exist_ok=True)
     with FolderLock() as lock:

@@ -164,6 +164,7 @@ class _Worker(Generic[Task]):
 def _serve(start: Callable[[], Work], connection: Connection, lifeline: Connection) -> None:
     """What a worker process does."""
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
+    task = None
     try:
         work = start()
         while True:
@@ -173,7 +174,7 @@ def _serve(start: Callable[[], Work], connection: Connection, lifeline: Connecti
     except EOFError:
         return
     except Exception as error:
-        connection.send(("failed", _portable(error)))
+        connection.send(("failed", _portable(error, task)))
 
 
 def _die_with_parent(lifeline: Connection) -> None:
@@ -183,12 +184,13 @@ def _die_with_parent(lifeline: Connection) -> None:
     os._exit(1)
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as it can be sent: our own as they are, others as their text with the place."""
+def _portable(error: Exception, task: Any) -> Exception:
+    """The error as it can be sent: our own as they are, others as their text with task and place."""
     if isinstance(error, Qwen3VLMError):
         return error
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return RuntimeError(f"{type(error).__name__}: {error} (in a worker, {place.filename}:{place.lineno})")
+    where = "" if task is None else f" over {getattr(task, 'name', task)}"
+    return RuntimeError(f"{type(error).__name__}: {error} (in a worker{where}, {place.filename}:{place.lineno})")
 
 
 @contextlib.contextmanager
