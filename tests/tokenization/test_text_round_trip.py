@@ -70,7 +70,7 @@ PIECES = [
     *("a\u0315\u0300\u05ae\u0062", "\u0344", "\u212b", "\u0958", "\u2126", "\u1e9b\u0323", "�", "Ġ", "Ċ", "▁", "##ing"),
 ]
 ANY_TEXT = st.text(max_size=60) | st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=12).map("".join)
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def comes_back(uti: UnifiedTokenizer, text: str) -> list[int]:
     return ids
 
 
-@MANY
+@settings(max_examples=300, **QUIET)
 @given(text=ANY_TEXT)
 def test_any_text_comes_back(qwen: UnifiedTokenizer, text: str) -> None:
     comes_back(qwen, text)
@@ -151,7 +151,7 @@ def test_lone_surrogates_are_refused_by_place(qwen: UnifiedTokenizer, text: str,
         qwen.encode_texts(["fine", text])
 
 
-@MANY
+@settings(max_examples=60, **QUIET)
 @given(texts=st.lists(ANY_TEXT, max_size=6))
 def test_a_batch_is_its_texts_one_by_one(qwen: UnifiedTokenizer, texts: list[str]) -> None:
     alone = [qwen.encode_text(text) for text in texts]
@@ -181,7 +181,7 @@ def test_the_token_space_has_the_real_sizes(qwen: UnifiedTokenizer) -> None:
     assert TokenSpace.from_dict(qwen.token_space.to_dict()).sha256 == qwen.sha256
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, **QUIET)
 @given(text=ANY_TEXT)
 def test_another_byte_level_tokenizer_is_lossless_too(text: str) -> None:
     comes_back(TINY, text)
