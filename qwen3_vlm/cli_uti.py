@@ -165,7 +165,7 @@ def encode(
     sort = kind or kind_of(file)
     content = {Kind.image: _read_picture, Kind.audio: _read_sound, Kind.text: _read_text}[sort](file, str(file))
     uti = open_uti(config, device)
-    values = {"format": IDS_FORMAT, "modality": str(sort), "token_space_sha256": uti.sha256}
+    values: dict[str, Any] = {"format": IDS_FORMAT, "modality": str(sort), "token_space_sha256": uti.sha256}
     values |= _encoded(uti, sort, content)
     if out is None:
         print(json.dumps(values, ensure_ascii=False))
