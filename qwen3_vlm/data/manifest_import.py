@@ -304,11 +304,11 @@ def _rows(table: Path, path_column: str | None, text_column: str | None) -> Iter
 
 
 def _delimiter(head: str, table: Path) -> str:
-    """Of the first line: the one of tab, |, ; and , that stands there most often."""
+    """The one of tab, |, ; and , that stands most often in the first line; a comma last, for text has commas too."""
     line = head.splitlines()[0] if head.strip() else ""
     if table.suffix.lower() == ".tsv":
         return "\t"
-    return max(",\t|;", key=line.count)
+    return max("\t|;,", key=line.count)
 
 
 def _column(names: Sequence[str], given: str | None, usual: Sequence[str], table: Path, what: str) -> str:

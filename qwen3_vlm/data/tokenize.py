@@ -267,7 +267,7 @@ def _prepare(
     """The plan, after a look whether `out` may be gone on with; a fresh folder gets its uti.yaml and token space."""
     config = asdict(load_uti_config(uti_config, overrides))
     if restart and plans.read_plan_settings(out) is not None:
-        _remove_earlier(out, keep=UTI_FILES if Path(uti_config).resolve() in _places(out) else ())
+        _remove_earlier(out, keep=(CONFIG_NAME,) if Path(uti_config).resolve() in _places(out) else ())
     begun = plans.read_plan_settings(out)
     if begun is None:
         _require_empty(out)

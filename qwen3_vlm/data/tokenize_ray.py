@@ -51,6 +51,8 @@ def run_on_ray(start: Callable[[], Work], units: Sequence[Unit], workers: int) -
                 fn_constructor_args=(start,),
                 batch_size=1,
                 num_cpus=1,
+                max_restarts=1,  # a unit that kills its worker is tried once more, as `worker_pool` does
+                max_task_retries=1,
                 compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
             )
             for row in results.iter_rows():
@@ -69,7 +71,7 @@ def _connected(workers: int) -> Generator[None, None, None]:
         yield
         return
     quiet = {"include_dashboard": False, "configure_logging": False, "log_to_driver": False}
-    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}  # one for Ray Data itself
     ray.init(runtime_env={"env_vars": ONE_THREAD}, **quiet, **here)
     progress = ray.data.DataContext.get_current().enable_progress_bars
     ray.data.DataContext.get_current().enable_progress_bars = False
