@@ -206,7 +206,8 @@ def test_encode_and_decode_are_inverse(
     if back == "back.txt":
         assert (tmp_path / back).read_bytes() == (media / name).read_bytes()
     elif back == "back.png":
-        assert Image.open(tmp_path / back).size == (16, 16)
+        with Image.open(tmp_path / back) as picture:
+            assert picture.size == (16, 16)
     else:
         with wave.open(str(tmp_path / back)) as file:
             assert (file.getframerate(), file.getnframes()) == (RATE, 900)
