@@ -73,10 +73,7 @@ def _processor_values(folder: Path) -> dict[str, Any]:
 
 def _json_object(file: Path) -> dict[str, Any]:
     """Empty where there is no such file."""
-    values = read_json(file, error=ModelError) if file.is_file() else {}
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} is not a JSON object.")
-    return values
+    return read_json(file, error=ModelError) if file.is_file() else {}
 
 
 def _triple(value: Any, folder: Path) -> tuple[float, float, float]:

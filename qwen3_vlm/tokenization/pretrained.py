@@ -8,6 +8,7 @@ does not matter. At some 0.5 s per GB whole bytes are affordable here, unlike th
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "ModelKind", "load_model"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
+# Where a whole model keeps its tokenizer; Emu3 models were once stored without the leading `model.`
+_INNER = re.compile(r"^(?:model\.)?vqmodel\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +72,22 @@ def load_model(kind: ModelKind, config: "ImageConfig | AudioConfig", device: tor
         ModelError: it can't be had, is of another kind, or lacks or has more tensors than its class.
     """
     folder = _find_folder(config.source, config.subfolder, download)
-    values, prefix = _check_kind(kind, folder)
+    values, inside = _check_kind(kind, folder)
     files = _weight_files(folder, kind.file_stem)
-    tensor_digest, own_names = _digest_tensors(files, prefix, folder)
+    tensor_digest, own_names = _digest_tensors(files, folder, inside=inside)
     load = _load_transformers if kind.library == "transformers" else _load_diffusers
     try:
         with _quiet():
-            model, info = load(kind, folder, values, prefix, getattr(torch, config.dtype))
+            model, info = load(kind, folder, values, inside, getattr(torch, config.dtype))
     except ModelError:
         raise
     except Exception as problem:  # the library reads the user's files: any error means that they are not what it needs
         raise ModelError(f"{folder} can't be loaded as {kind.class_name}: {_first_line(problem)}") from problem
-    _check_complete(kind, folder, info, own_names if prefix else None)
+    _check_complete(kind, folder, info, own_names if inside else None)
     settings = {key: _setting(model.config, key) for key in kind.digest_keys}
-    return Loaded(model.to(device).eval().requires_grad_(False), folder, tensor_digest, settings)
+    model = model.to(device).eval().requires_grad_(False)
+    _leave_the_files(model)
+    return Loaded(model, folder, tensor_digest, settings)
 
 
 def _find_folder(source: str, subfolder: str | None, download: bool) -> Path:
@@ -98,16 +103,14 @@ def _find_folder(source: str, subfolder: str | None, download: bool) -> Path:
     return folder / subfolder
 
 
-def _check_kind(kind: ModelKind, folder: Path) -> tuple[dict[str, Any], str]:
-    """The model's own part of config.json, and the prefix of its tensors in the files of a whole model."""
+def _check_kind(kind: ModelKind, folder: Path) -> tuple[dict[str, Any], bool]:
+    """The model's own part of config.json, and whether it lies inside a whole model."""
     config = read_json(folder / "config.json", error=ModelError)
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}/config.json is not a JSON object.")
     found = config.get(kind.type_key)
     if found == kind.type_name:
-        return config, ""
+        return config, False
     if kind.whole_model is not None and found == kind.whole_model and isinstance(config.get("vq_config"), dict):
-        return config["vq_config"], "model.vqmodel."
+        return config["vq_config"], True
     wanted = f"{kind.class_name} ({kind.type_key} {kind.type_name!r})"
     known = f"{kind.type_key} {found!r}" if found is not None else f"no {kind.type_key} in its config.json"
     raise ModelError(f"{folder} does not hold a {wanted}: it has {known}. Is `type:` or `source:` wrong?")
@@ -135,47 +138,47 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _digest_tensors(files: list[Path], prefix: str, folder: Path) -> tuple[str, set[str]]:
-    """sha256 over all tensors in the order of their names, and these names; `prefix` picks and is cut off."""
+def _digest_tensors(files: list[Path], folder: Path, *, inside: bool) -> tuple[str, set[str]]:
+    """sha256 over all tensors in the order of their names, and these names."""
     from safetensors import SafetensorError, safe_open
 
-    digest, places = hashlib.sha256(), {}
+    digest = hashlib.sha256()
+    places: dict[str, tuple[Path, str]] = {}  # name in its own model → file, name there
     try:
         for file in files:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (it is not a mapping)
+                for stored_name in tensors.keys():  # noqa: SIM118 (it is not a mapping)
+                    name = _own_name(stored_name, inside)
                     if name in places:
                         raise ModelError(f"{folder} holds the tensor {name} twice, in {file.name} too.")
-                    places[name] = file
-        for name in sorted(name for name in places if _own(name, prefix)):
-            with safe_open(places[name], framework="pt") as tensors:
-                stored, tensor = tensors.get_slice(name), tensors.get_tensor(name)
-                header = [_plain(name, prefix), str(stored.get_dtype()), list(tensor.shape)]
-            digest.update(_canonical(header))
+                    if name is not None:
+                        places[name] = (file, stored_name)
+        for name, (file, stored_name) in sorted(places.items()):
+            with safe_open(file, framework="pt") as tensors:
+                dtype, tensor = tensors.get_slice(stored_name).get_dtype(), tensors.get_tensor(stored_name)
+            digest.update(_canonical([name, str(dtype), list(tensor.shape)]))
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     except (OSError, SafetensorError) as problem:
         raise ModelError(
             f"{folder} has a damaged safetensors file ({_first_line(problem)}); fetch it again."
         ) from problem
-    return digest.hexdigest(), {_plain(name, prefix) for name in places if _own(name, prefix)}
+    return digest.hexdigest(), set(places)
 
 
-def _own(name: str, prefix: str) -> bool:
-    return not prefix or _plain(name, prefix) != name
-
-
-def _plain(name: str, prefix: str) -> str:
-    """A tensor's name inside its own model; whole Emu3 models were once stored without the leading `model.`"""
-    return name.removeprefix("model.").removeprefix("vqmodel.") if prefix else name
+def _own_name(name: str, inside: bool) -> str | None:
+    """A tensor's name in its own model; None for those of the rest of a whole model."""
+    if not inside:
+        return name
+    return _INNER.sub("", name) if _INNER.match(name) else None
 
 
 def _load_transformers(
-    kind: ModelKind, folder: Path, config: dict[str, Any], prefix: str, dtype: torch.dtype
+    kind: ModelKind, folder: Path, config: dict[str, Any], inside: bool, dtype: torch.dtype
 ) -> tuple[Any, Mapping[str, Any]]:
     import transformers
 
     model_class = getattr(transformers, kind.class_name)
-    more: dict[str, Any] = {"key_mapping": {r"^(model\.)?vqmodel\.": ""}} if prefix else {}
+    more: dict[str, Any] = {"key_mapping": {_INNER.pattern: ""}} if inside else {}
     with _all_unexpected_reported(model_class):
         return model_class.from_pretrained(
             folder,
@@ -190,7 +193,7 @@ def _load_transformers(
 
 
 def _load_diffusers(
-    kind: ModelKind, folder: Path, config: dict[str, Any], prefix: str, dtype: torch.dtype
+    kind: ModelKind, folder: Path, config: dict[str, Any], inside: bool, dtype: torch.dtype
 ) -> tuple[Any, Mapping[str, Any]]:
     try:
         import diffusers
@@ -207,6 +210,13 @@ def _load_diffusers(
         low_cpu_mem_usage=False,
         ignore_mismatched_sizes=True,
     )
+
+
+def _leave_the_files(model: torch.nn.Module) -> None:
+    """Copy what is mapped from the files: a folder that is written again must not change ids, or end the process."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _check_complete(kind: ModelKind, folder: Path, info: Mapping[str, Any], own_names: set[str] | None) -> None:

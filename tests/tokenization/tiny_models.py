@@ -49,9 +49,9 @@ def save_tiny(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def weights_of(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The weight file of a folder and its tensors."""
+    """The weight file of a folder and copies of its tensors (`load_file` alone leaves them in the file)."""
     (file,) = folder.glob("*.safetensors")
-    return file, load_file(file)
+    return file, {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
