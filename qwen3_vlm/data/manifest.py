@@ -24,6 +24,7 @@ MAX_TEXT_CHARACTERS = 1_000_000
 MAX_META_BYTES = 100_000  # as compact JSON
 MAX_NAME_CHARACTERS = 500  # of an id, a source, a task
 MAX_PATH_CHARACTERS = 4_096
+MAX_DEPTH = 64  # of JSON in JSON; Python's own limit depends on who calls, and records must not
 MEDIA = ("image", "audio")
 FIELDS = ("id", "source", "modalities", "text", "task", "meta")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -149,7 +150,7 @@ def resolve_media(root: Path, path: str, kind: str, origin: str) -> Path:
     found = Path(os.path.realpath(root / path))
     if not found.is_relative_to(os.path.realpath(root)):
         raise error(f"{origin}: the {kind} path {path!r} leads out of the manifest's folder by a link.", "path_escapes")
-    if not found.exists():
+    if not os.path.exists(found):  # a name that is too long for the disk is no error here
         raise error(f"{origin}: the {kind} {path} does not exist.", f"missing_{kind}")
     return root / path
 
@@ -159,10 +160,26 @@ def _decode(data: bytes, origin: str) -> Any:
         raise RecordError(f"{origin} is longer than {MAX_LINE_BYTES:,} bytes.", "line_too_long")
     try:
         text = data.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_finite)
+        if _is_nested(tree, MAX_DEPTH):
+            raise RecursionError
+        return tree
+    except RecursionError:
+        raise RecordError(f"{origin} is nested deeper than {MAX_DEPTH} levels.", "bad_json") from None
+    except ValueError as error:
         why = " ".join(str(error).split())[:200]
         raise RecordError(f"{origin} is not valid JSON: {why}.", "bad_json") from error
+
+
+def _is_nested(tree: Any, depth: int) -> bool:
+    """Whether a JSON tree has more than `depth` containers inside one another; itself without recursion."""
+    level = [tree]
+    for _ in range(depth + 1):
+        containers = [node for node in level if isinstance(node, dict | list)]
+        level = [value for node in containers for value in (node.values() if isinstance(node, dict) else node)]
+        if not containers:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,12 @@ from qwen3_vlm.data.manifest_index import index_manifest
 from qwen3_vlm.errors import DataError, ImageError
 from tests.data.speaking_pictures import line, png, wav, write_manifest
 
+
+def nested(depth: int) -> list[Any]:
+    """So many lists in one another."""
+    return [nested(depth - 1)] if depth > 1 else []
+
+
 GOOD: dict[str, Any] = {"id": "a", "text": "hello"}
 BAD: list[tuple[Any, str]] = [
     ("{", "bad_json"),
@@ -35,6 +41,7 @@ BAD: list[tuple[Any, str]] = [
     ('{"id": "a", "text": "t", "meta": {"x": NaN}}', "bad_json"),
     ('{"id": "a", "text": "t", "meta": {"x": 1e999}}', "bad_json"),
     ("[" * 100_000, "bad_json"),
+    ({"id": "a", "text": "t", "meta": {"x": nested(64)}}, "bad_json"),
     ("[]", "bad_record"),
     ("3", "bad_record"),
     ({"text": "t"}, "bad_id"),
@@ -173,6 +180,22 @@ def test_a_manifest_that_changes_is_told(tmp_path: Path) -> None:
         index_manifest(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="is not a regular file"):
         index_manifest(tmp_path)
+
+
+def test_a_name_that_no_disk_can_hold_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        resolve_media(tmp_path, "x" * 300 + ".png", "image", "m.jsonl:1")
+    assert caught.value.reason == "missing_image"
+
+
+def test_how_deep_a_line_may_nest_does_not_depend_on_the_caller() -> None:
+    data = ('{"id": "a", "text": "t", "meta": {"x": ' + "[" * 700 + "]" * 700 + "}}").encode()
+
+    def deeper(frames: int) -> ManifestRecord | BadLine:
+        return deeper(frames - 1) if frames else parse_line(data, 1, "m.jsonl")
+
+    assert deeper(0) == deeper(350)
+    assert not isinstance(parse_line(as_bytes({**GOOD, "meta": {"x": nested(62)}}), 1, "m.jsonl"), BadLine)
 
 
 def test_links_may_not_lead_out(tmp_path: Path) -> None:
