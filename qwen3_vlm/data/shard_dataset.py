@@ -110,7 +110,7 @@ def read_report(out: str | Path, split: str, number: int, *, verify: bool = True
 def write_dataset(out: str | Path, token_space: TokenSpace, *, settings: Mapping[str, Any]) -> str:
     """Write dataset.json out of all reports and the hashes of the other files; returns its sha256.
 
-    An audit of what was there before is removed.
+    An audit of something else that was there before is removed.
 
     Args:
         settings: what decided the content: "fractions" and, for people, whatever else did.
@@ -141,9 +141,11 @@ def write_dataset(out: str | Path, token_space: TokenSpace, *, settings: Mapping
         "files": files,
         "splits": {split: splits[split] for split in SPLITS if split in splits},
     }
-    (out / AUDIT_NAME).unlink(missing_ok=True)
     _write_json(out / DATASET_NAME, tree)
-    return fingerprint_file(out / DATASET_NAME)
+    sha256 = fingerprint_file(out / DATASET_NAME)
+    if f'"{sha256}"'.encode() not in _read_bytes(out / AUDIT_NAME):
+        (out / AUDIT_NAME).unlink(missing_ok=True)
+    return sha256
 
 
 def _entry(out: Path, path: Path) -> dict[str, Any]:
@@ -155,6 +157,13 @@ def _entry(out: Path, path: Path) -> dict[str, Any]:
         raise DataError(f"{path} does not fit its shard: the unit is not done. Run the tokenizing again.")
     kept = {key: report[key] for key in ("name", "records", "tokens", "tar_bytes", "tar_sha256", "index_sha256")}
     return {**kept, "errors": len(report["errors"]), "report_sha256": fingerprint_file(path)}
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -694,3 +694,12 @@ def test_settings_and_fractions_are_kept(original: Path) -> None:
     dataset = read_dataset(original)
     assert dataset.settings == {"fractions": FRACTIONS, "shard_records": 8}
     assert sum(entry.records for entries in dataset.splits.values() for entry in entries) == 60
+
+
+def test_an_audit_lasts_as_long_as_what_it_is_of(folder: Path) -> None:
+    dataset = read_dataset(folder)
+    assert write_dataset(folder, SPACE, settings=dataset.settings) == dataset.sha256
+    assert len(open_shards(folder)) > 0
+    write_dataset(folder, SPACE, settings={**dataset.settings, "note": "another"})
+    with pytest.raises(DataError, match="never audited"):
+        open_shards(folder)
