@@ -126,16 +126,18 @@ def split_cross_entropy(
         (S,) losses in nats, fp32: sum, mean or weight them as you like.
 
     Raises:
-        ValueError: the base is trainable, or a target is a padding row.
+        ValueError: the base is trainable, or a target is a padding row or no id at all, such as −100.
     """
     used = base.shape[0] if num_used is None else num_used
     if base.requires_grad:
         raise ValueError("The base block of the head is trainable; only the new rows may be.")
-    padding = (target >= used) & (target < base.shape[0])
-    if bool(padding.any()):
+    end = base.shape[0] + rows.shape[0]
+    wrong = (target < 0) | ((target >= used) & (target < base.shape[0])) | (target >= end)
+    if bool(wrong.any()):
+        found = int(target[wrong][0])
+        what = "is a padding row of the base, which no tokenizer gives" if 0 <= found < end else "is no id"
         raise ValueError(
-            f"The target {int(target[padding][0])} is a padding row of the base, which no tokenizer gives: its ids end "
-            f"at {used - 1}, and new ids begin at {base.shape[0]}."
+            f"The target {found} {what}: the base's ids end at {used - 1}, new ids are {base.shape[0]} to {end - 1}."
         )
     return _SplitCrossEntropy.apply(hidden, base, rows, target, used, label_smoothing, z_loss)
 

@@ -88,6 +88,14 @@ def test_any_targets_and_scales(ids: list[int], scale: float) -> None:
     torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, BASE + NEW])
+def test_a_target_that_is_no_id_is_refused_not_clamped(wrong: int) -> None:
+    hidden, base, rows, target = parts(3)
+    target[1] = wrong
+    with pytest.raises(ValueError, match=f"The target {wrong} is no id"):
+        split_cross_entropy(hidden, base, rows, target, num_used=USED)
+
+
 def test_frozen_hidden_states_and_frozen_rows() -> None:
     hidden, base, rows, target = parts(9)
     split_cross_entropy(hidden.detach(), base, rows, target).sum().backward()
