@@ -83,7 +83,7 @@ def load_model(kind: ModelKind, config: "ImageConfig | AudioConfig", device: tor
         raise
     except Exception as problem:  # the library reads the user's files: any error means that they are not what it needs
         raise ModelError(f"{folder} can't be loaded as {kind.class_name}: {_first_line(problem)}") from problem
-    _check_complete(kind, folder, info, own_names if inside else None)
+    _check_complete(kind, folder, model, info, own_names)
     settings = {key: _setting(model.config, key) for key in kind.digest_keys}
     model = model.to(device).eval().requires_grad_(False)
     _leave_the_files(model)
@@ -179,17 +179,16 @@ def _load_transformers(
 
     model_class = getattr(transformers, kind.class_name)
     more: dict[str, Any] = {"key_mapping": {_INNER.pattern: ""}} if inside else {}
-    with _all_unexpected_reported(model_class):
-        return model_class.from_pretrained(
-            folder,
-            config=model_class.config_class.from_dict(config),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed, and refused by name
-            **more,
-        )
+    return model_class.from_pretrained(
+        folder,
+        config=model_class.config_class.from_dict(config),
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are listed, and refused by name
+        **more,
+    )
 
 
 def _load_diffusers(
@@ -219,31 +218,29 @@ def _leave_the_files(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _check_complete(kind: ModelKind, folder: Path, info: Mapping[str, Any], own_names: set[str] | None) -> None:
-    """Refuse a model with missing, misshapen or surplus tensors; in a whole model those of the rest are no surplus."""
+def _check_complete(kind: ModelKind, folder: Path, model: Any, info: Mapping[str, Any], names: set[str]) -> None:
+    """Refuse a model with missing, misshapen or surplus tensors; `names` are its own in the files."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key[0]) if isinstance(key, tuple | list) else str(key) for key in info["mismatched_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if own_names is None or key in own_names)
-    for names, what in (
+    surplus = sorted(names.intersection(info["unexpected_keys"])) or _kept_silent(model, names)
+    for found, what in (
         (missing, "lacks {} tensors of its class, such as {}: it would run with random weights"),
         (mismatched, "has {} tensors of another shape than its config says, such as {}"),
-        (unexpected, "holds {} tensors that its class has no place for, such as {}: it is another model"),
+        (surplus, "holds {} tensors that its class has no place for, such as {}: it is another model"),
     ):
-        if names:
-            raise ModelError(
-                f"The {kind.class_name} in {folder} " + what.format(len(names), ", ".join(names[:3])) + "."
-            )
+        if found:
+            raise ModelError(f"The {kind.class_name} in {folder} {what.format(len(found), ', '.join(found[:3]))}.")
 
 
-@contextmanager
-def _all_unexpected_reported(model_class: Any) -> Iterator[None]:
-    """Some classes keep silent about tensors that they do not know; here nothing may be left over."""
-    before = model_class._keys_to_ignore_on_load_unexpected
-    model_class._keys_to_ignore_on_load_unexpected = None
-    try:
-        yield
-    finally:
-        model_class._keys_to_ignore_on_load_unexpected = before
+def _kept_silent(model: Any, names: set[str]) -> list[str]:
+    """Surplus tensors that the class does not report (Mimi's are to be passed over), where there are more than it has.
+
+    Names in a file and in a model may differ in their first parts, so those without any counterpart are named.
+    """
+    own = tuple(model.state_dict())
+    if len(names) <= len(own):
+        return []
+    return sorted(name for name in names if not any(key.endswith(name.split(".", 1)[-1]) for key in own))
 
 
 @contextmanager
