@@ -139,7 +139,8 @@ def split_cross_entropy(
         raise ValueError(
             f"The target {found} {what}: the base's ids end at {used - 1}, new ids are {base.shape[0]} to {end - 1}."
         )
-    return _SplitCrossEntropy.apply(hidden, base, rows, target, used, label_smoothing, z_loss)
+    with torch.autocast(hidden.device.type, enabled=False):  # forward and backward must score alike
+        return _SplitCrossEntropy.apply(hidden, base, rows, target, used, label_smoothing, z_loss)
 
 
 class _SplitCrossEntropy(torch.autograd.Function):

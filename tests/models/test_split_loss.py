@@ -88,6 +88,17 @@ def test_any_targets_and_scales(ids: list[int], scale: float) -> None:
     torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-5)
 
 
+def test_autocast_does_not_part_forward_and_backward() -> None:
+    found = []
+    for enabled in (False, True):
+        hidden, base, rows, target = parts(9)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = split_cross_entropy(hidden, base, rows, target, num_used=USED)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        found.append((loss, hidden.grad, rows.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("wrong", [-100, -1, BASE + NEW])
 def test_a_target_that_is_no_id_is_refused_not_clamped(wrong: int) -> None:
     hidden, base, rows, target = parts(3)
