@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen3_vlm.config import DataConfig
 from qwen3_vlm.data import tokenize_plan as plans
+from qwen3_vlm.data.manifest import open_manifest
 from qwen3_vlm.data.shards import read_report, write_dataset
 from qwen3_vlm.data.tokenize_plan import DEFAULT_FRACTIONS, Plan, Unit, make_plan
 from qwen3_vlm.data.tokenize_report import ERRORS_NAME, STATS_NAME, Statistics, gather, write_errors, write_stats
@@ -99,9 +100,14 @@ def tokenize_manifest(
     """
     manifest, out = Path(manifest), Path(os.path.abspath(out))  # a worker on a cluster may stand elsewhere
     _check(workers, engine, max_bad_fraction)
-    (out / "shards").mkdir(parents=True, exist_ok=True)
+    plans.complete_fractions(fractions)
+    open_manifest(manifest).close()  # before anything is loaded or written
     with FolderLock() as lock:
-        lock.acquire(out)
+        try:
+            (out / "shards").mkdir(parents=True, exist_ok=True)
+            lock.acquire(out)
+        except OSError as error:
+            raise DataError(f"{out} can't be used as a folder to write to: {error.strerror or error}.") from error
         for folder in (out, out / "shards"):
             remove_leftovers(folder)
         limits = {"max_image_pixels": max_image_pixels or DataConfig().max_image_pixels}
@@ -270,8 +276,12 @@ def _prepare(
         _remove_earlier(out, keep=(CONFIG_NAME,) if Path(uti_config).resolve() in _places(out) else ())
     begun = plans.read_plan_settings(out)
     if begun is None:
-        _require_empty(out)
-        _open_tokenizer(uti_config, overrides, download=download).save(out)
+        own = restart or Path(uti_config).resolve() in _places(out)
+        _require_empty(out, None if own else config)
+        uti = _open_tokenizer(uti_config, overrides, download=download)
+        if (out / FILE_NAME).is_file() and not own:
+            TokenSpace.load(out).require_same(uti.token_space, f"What {uti_config} loads, for {out}")
+        uti.save(out)
     else:
         plans.require_same(out, plans.differences(asdict(load_uti_config(out)), config, "uti.yaml: "))
     about = {
@@ -279,11 +289,9 @@ def _prepare(
         "uti_sha256": fingerprint_file(out / CONFIG_NAME),
         "token_space_sha256": TokenSpace.load(out).sha256,
     }
-    plan = make_plan(manifest, out, fractions=fractions, shard_records=shard_records, settings=about)
+    plan = make_plan(manifest, out, fractions=fractions, shard_records=shard_records, settings=about, begun=begun)
     if begun is None:
         plans.write_plan(plan)
-    else:
-        plans.require_same(out, plans.differences(begun, plan.settings))
     return plan
 
 
@@ -318,12 +326,21 @@ def _check(workers: int, engine: str, max_bad_fraction: float) -> None:
         raise ConfigError(f"max_bad_fraction is {max_bad_fraction}; it must lie in 0…1.")
 
 
-def _require_empty(out: Path) -> None:
+def _require_empty(out: Path, config: Mapping[str, Any] | None) -> None:
+    """Refuse a folder whose shards, or whose uti.yaml of other settings than `config`, would be written over."""
     found = next((path.name for path in _shard_files(out)), None)
     if found is not None:
         raise DataError(
             f"{out} holds shards ({found}) but no {plans.PLAN_NAME} that says what they are. Give another folder."
         )
+    if config is not None and (out / CONFIG_NAME).is_file():
+        lines = plans.differences(asdict(load_uti_config(out)), config)
+        if lines:
+            raise DataError(
+                f"{out} holds another {CONFIG_NAME}, which would be written over:\n  "
+                + "\n  ".join(lines)
+                + "\nGive another folder, or write over it with --restart."
+            )
 
 
 def _remove_earlier(out: Path, keep: Sequence[str]) -> None:

@@ -97,13 +97,24 @@ class Plan:
 
 
 def make_plan(
-    manifest: Path, out: Path, *, fractions: Mapping[str, float], shard_records: int, settings: Mapping[str, Any]
+    manifest: Path,
+    out: Path,
+    *,
+    fractions: Mapping[str, float],
+    shard_records: int,
+    settings: Mapping[str, Any],
+    begun: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Read the manifest once and write the file of lines into `out`.
 
+    Args:
+        settings: what else the result depends on.
+        begun: the settings that `out` was begun with, if it was.
+
     Raises:
         ConfigError: a number that can't be used.
-        DataError: the manifest can't be read or holds nothing, or the fractions are none.
+        DataError: the manifest can't be read or holds nothing, the fractions are none, or `out` was begun with
+            other settings.
     """
     if not 1 <= shard_records <= MAX_SHARD_RECORDS:
         raise ConfigError(f"shard_records is {shard_records}; it must be from 1 to {MAX_SHARD_RECORDS:,}.")
@@ -121,7 +132,6 @@ def make_plan(
     counts = {split: int((kinds == number).sum()) for number, split in enumerate(SPLITS)}
     if max(counts.values()) > MAX_UNITS * shard_records:
         raise ConfigError(f"shard_records={shard_records} gives more than {MAX_UNITS:,} shards; make it larger.")
-    _write_lines(out / LINES_NAME, index, kinds)
     about = {
         "format": PLAN_FORMAT,
         "manifest_sha256": index.sha256,
@@ -130,6 +140,9 @@ def make_plan(
         "shard_records": shard_records,
         **settings,
     }
+    if begun is not None:
+        require_same(out, differences(begun, about))
+    _write_lines(out / LINES_NAME, index, kinds)
     return Plan(manifest.absolute(), out, about, counts, index.status)
 
 

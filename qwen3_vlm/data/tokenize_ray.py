@@ -5,6 +5,7 @@ actors themselves, so no ids travel. The bytes are those that processes on one m
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from qwen3_vlm.data.tokenize_plan import Unit
 from qwen3_vlm.data.worker_pool import ONE_THREAD, Event, Work
 from qwen3_vlm.errors import DataError, Qwen3VLMError
+
+RETRIES = {"max_restarts": 1, "max_task_retries": 1}  # a unit that kills its worker is tried once more
 
 
 class _Tokenizing:
@@ -51,8 +54,7 @@ def run_on_ray(start: Callable[[], Work], units: Sequence[Unit], workers: int) -
                 fn_constructor_args=(start,),
                 batch_size=1,
                 num_cpus=1,
-                max_restarts=1,  # a unit that kills its worker is tried once more, as `worker_pool` does
-                max_task_retries=1,
+                ray_remote_args_fn=lambda: RETRIES,
                 compute=ray.data.ActorPoolStrategy(size=min(workers, len(units))),
             )
             for row in results.iter_rows():
@@ -73,12 +75,15 @@ def _connected(workers: int) -> Generator[None, None, None]:
     quiet = {"include_dashboard": False, "configure_logging": False, "log_to_driver": False}
     here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}  # one for Ray Data itself
     ray.init(runtime_env={"env_vars": ONE_THREAD}, **quiet, **here)
-    progress = ray.data.DataContext.get_current().enable_progress_bars
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before, level = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False  # there is one of ours
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        ray.data.DataContext.get_current().enable_progress_bars = progress
+        context.enable_progress_bars = before
+        logger.setLevel(level)
         ray.shutdown()
 
 

@@ -481,6 +481,25 @@ def test_foreign_folders_and_bad_numbers_are_refused(manifest: Path, uti_file: P
         tokenize(manifest, tmp_path / "y", uti_file, fractions={"val": 0.9, "test": 0.9})
 
 
+def test_a_folder_with_another_uti_yaml_is_not_written_over(manifest: Path, uti_file: Path, tmp_path: Path) -> None:
+    mine = yaml.safe_dump({**yaml.safe_load(uti_file.read_text()), "special": {"count": 32}})
+    (tmp_path / "uti.yaml").write_text(mine)
+    with pytest.raises(DataError, match=r"another uti\.yaml.*\n  special\.count: 32 before, 64 now"):
+        tokenize(manifest, tmp_path, uti_file)
+    assert (tmp_path / "uti.yaml").read_text() == mine
+
+
+def test_out_may_not_be_a_file(manifest: Path, uti_file: Path) -> None:
+    with pytest.raises(DataError, match="can't be used as a folder"):
+        tokenize(manifest, manifest, uti_file)
+
+
+def test_nothing_is_written_for_a_manifest_that_is_not_there(uti_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        tokenize(tmp_path / "none.jsonl", tmp_path / "out", uti_file)
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_runs_cannot_write_one_folder(finished: Path, manifest: Path, uti_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
