@@ -250,7 +250,7 @@ class _Walk:
             self._origins.append((len(self._digests) // 16, part, number))
             try:
                 self._shard(path, part, number)
-            except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            except (tarfile.TarError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 self.damage.append(f"{path.name}: {' '.join(str(error).split())}")
 
     def _shard(self, path: Path, part: Shards, number: int) -> None:
@@ -278,6 +278,8 @@ class _Walk:
             raise ValueError(f"{member.name} has {member.size:,} bytes")
         content.seek(member.offset_data)
         record_id = json.loads(content.read(member.size))["id"]
+        if not isinstance(record_id, str):
+            raise TypeError(f"{member.name} has the id {str(record_id)[:80]}, which is no text")
         self._digests += hashlib.sha256(record_id.encode("utf-8", "surrogatepass")).digest()[:16]
         self.records[part.split] += 1
         fractions = self.dataset.settings.get("fractions", {})

@@ -6,6 +6,7 @@ that is meant to find it must.
 
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
@@ -254,6 +255,14 @@ def test_an_id_that_stands_twice(out: Path, uti: UnifiedTokenizer) -> None:
 def test_records_out_of_order(out: Path, uti: UnifiedTokenizer) -> None:
     rewrite(out, lambda records: records[::-1])
     assert "out of order" in failed(audit_shards(out, uti, sample=None))["tars"]
+
+
+def test_an_id_that_is_no_text(out: Path) -> None:
+    path = shard_path(out, "train", 0)
+    number = lambda found: b'"id": ' + b"1" * (len(found[1]) + 2)  # noqa: E731
+    path.write_bytes(re.sub(rb'"id": "(r[0-9]+)"', number, path.read_bytes(), count=1))
+    seal(out)
+    assert "which is no text" in failed(audit_shards(out))["tars"]
 
 
 def test_an_index_that_disagrees_with_its_tar(out: Path, uti: UnifiedTokenizer) -> None:
