@@ -14,7 +14,7 @@ import torch
 from transformers import DacModel
 
 from qwen3_vlm.demo import audio_codec as recipe
-from qwen3_vlm.demo.voices import HELD_OUT_VOICE, SAMPLING_RATE
+from qwen3_vlm.demo.voices import HELD_OUT_VOICE, SAMPLING_RATE, Wave
 from qwen3_vlm.evaluate.speech import Recogniser, word_error_rate, word_error_ratio
 
 
@@ -23,13 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--codec", type=Path, required=True)
     parser.add_argument("--clips", type=int, default=240)
-    parser.add_argument("--originals", type=Path, help="where transcripts of the originals are kept between runs")
+    parser.add_argument("--transcripts", type=Path, help="transcripts of an earlier run of the same codec")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = recipe.held_out_lines(args.clips)
     sounds = [line.speak().wave for line in lines]
-    recogniser = Recogniser()
     codec = DacModel.from_pretrained(args.codec, dtype=torch.float32).eval()
     started = time.time()
     trips = [recipe.round_trip(codec, sound) for sound in sounds]
@@ -42,14 +41,9 @@ def main() -> None:
         "ids_per_second": SAMPLING_RATE / codec.config.hop_length * codec.config.n_codebooks,
         "log10_mel_l1": float(np.mean([recipe.log_mel_l1(trip[0], s) for trip, s in zip(trips, sounds, strict=True)])),
         "codebooks": _use_of_ids(torch.cat([trip[1] for trip in trips], 1), codec.config.codebook_size),
+        "phoneme_named_by_one_id_of_each_codebook": recipe.phonemes_named_by_ids(codec),
     }
-    if args.originals and args.originals.is_file():
-        before = json.loads(args.originals.read_text())
-    else:
-        before = recogniser.transcribe(sounds)
-        if args.originals:
-            args.originals.write_text(json.dumps(before, indent=0))
-    after = recogniser.transcribe([trip[0] for trip in trips])
+    before, after = _transcripts(sounds, [trip[0] for trip in trips], args.transcripts)
     parts = {
         "all": range(len(lines)),
         "captions": [i for i in range(len(lines)) if i % 2 == 0],
@@ -69,6 +63,15 @@ def main() -> None:
     ]
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({key: value for key, value in report.items() if key != "examples"}, indent=1))
+
+
+def _transcripts(sounds: list[Wave], trips: list[Wave], earlier: Path | None) -> tuple[list[str], list[str]]:
+    """What the recogniser hears in the originals and in the round trips."""
+    if earlier:
+        kept = json.loads(earlier.read_text())
+        return kept["original"], kept["round_trip"]
+    recogniser = Recogniser()
+    return recogniser.transcribe(sounds), recogniser.transcribe(trips)
 
 
 def _use_of_ids(codes: torch.Tensor, size: int) -> list[dict[str, float]]:

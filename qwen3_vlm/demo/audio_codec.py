@@ -18,7 +18,7 @@ Shapes: B crops, S samples, F frames, K codebooks, M mel bands, D width of a cod
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -238,6 +238,37 @@ def round_trip(codec: DacModel, sound: NDArray[np.float32]) -> tuple[NDArray[np.
     codes = codec.encode(padded).audio_codes
     decoded = codec.decode(audio_codes=codes).audio_values[0, : len(sound)]
     return decoded.numpy(), codes[0]
+
+
+def phonemes_named_by_ids(codec: DacModel, known: int = 250, asked: int = 60) -> list[float]:
+    """For each codebook, the share of held-out frames whose phoneme is named by their id alone.
+
+    No head and no neighbours: an id means what it stands for most often in `known` training lines. That is what a
+    language model's row for it can know by itself.
+    """
+    phonemes: dict[str, int] = {"": 0}
+    seen = _coded_frames(codec, islice(training_lines(1), known), phonemes)
+    codes, said = _coded_frames(codec, held_out_lines(asked), phonemes)
+    shares = []
+    for k in range(codec.config.n_codebooks):
+        counts = np.zeros((codec.config.codebook_size, len(phonemes)), dtype=np.int64)
+        np.add.at(counts, (seen[0][k], seen[1]), 1)
+        shares.append(float((counts.argmax(1)[codes[k]] == said).mean()))
+    return shares
+
+
+def _coded_frames(
+    codec: DacModel, lines: Iterable[Line], phonemes: dict[str, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids (K, F) and phonemes (F,) of all frames of the lines."""
+    codes, said = [], []
+    for line in lines:
+        spoken = line.speak()
+        labels = _frame_labels(spoken, phonemes)
+        codes.append(round_trip(codec, spoken.wave)[1].numpy())
+        centres = (np.arange(codes[-1].shape[1]) + 0.5) * codec.config.hop_length / 160
+        said.append(labels[centres.astype(np.int64).clip(max=len(labels) - 1)])
+    return np.concatenate(codes, 1), np.concatenate(said).astype(np.int64)
 
 
 class Spectra(nn.Module):

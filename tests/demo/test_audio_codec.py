@@ -139,3 +139,10 @@ def test_a_few_steps_train_and_refresh_the_codebooks() -> None:
 def test_a_hop_that_the_outline_does_not_divide_is_refused() -> None:
     with pytest.raises(ModelError, match="hop 320 is not a multiple"):
         recipe.CodecTraining(recipe.new_codec(recipe.codec_config((8, 10, 2, 2), encoder=8, decoder=32)), 3, 0.1, 0)
+
+
+def test_one_id_of_the_first_codebook_names_the_phoneme(codec: DacModel) -> None:
+    pytest.importorskip("espeakng_loader")
+    shares = recipe.phonemes_named_by_ids(codec, known=30, asked=5)
+    assert shares[0] > 0.7
+    assert shares[0] > max(shares[1:]) + 0.2
