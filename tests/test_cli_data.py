@@ -89,7 +89,8 @@ def test_what_is_missing_is_a_sentence(run: Run, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.jsonl", [line("a", text="t")])
     for arguments, words in (
         (("tokenize", manifest, tmp_path / "out"), "has no uti.yaml to go on with"),
-        (("tokenize", tmp_path / "none.jsonl", tmp_path / "out", "--uti", tmp_path / "none.yaml"), "none.yaml"),
+        (("tokenize", tmp_path / "none.jsonl", tmp_path / "out", "--uti", tmp_path / "none.yaml"), "none.jsonl"),
+        (("tokenize", manifest, tmp_path / "out", "--uti", tmp_path / "none.yaml"), "none.yaml"),
         (("manifest-audit", tmp_path / "none.jsonl"), "does not exist"),
         (("audit", tmp_path / "none"), "dataset.json"),
     ):

@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_vlm.config import DataConfig, RunConfig, dump_yaml, load_config, parse_config, to_dict
+from qwen3_vlm.config import DataConfig, RunConfig, dump_yaml, load_config, parse_as, parse_config, to_dict
 from qwen3_vlm.errors import ConfigError
+from qwen3_vlm.tokenization.uti_config import UTIConfig, load_uti_config
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -114,6 +115,10 @@ def test_hostile_yaml_is_refused_with_the_file_named(tmp_path: Path, text: str) 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_parses(path: Path) -> None:
+    if path.name.endswith("uti.yaml"):
+        tokens = load_uti_config(path)
+        assert parse_as(UTIConfig, yaml.safe_load(dump_yaml(tokens))) == tokens
+        return
     config = load_config(path)
     assert parse_config(yaml.safe_load(dump_yaml(config))) == config
 

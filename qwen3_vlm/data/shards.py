@@ -59,10 +59,10 @@ from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.storage import atomic_file, atomic_write_bytes, read_json
 from qwen3_vlm.tokenization.token_space import FILE_NAME, TokenSpace
 
-__all__ = [  # noqa: RUF022 (plain order, as the import rules ask)
-    "DatasetFile",
+__all__ = [
     "MODALITIES",
     "SPLITS",
+    "DatasetFile",
     "ShardEntry",
     "ShardSummary",
     "Shards",

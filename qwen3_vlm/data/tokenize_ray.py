@@ -72,13 +72,13 @@ def _connected(workers: int) -> Generator[None, None, None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"include_dashboard": False, "configure_logging": False, "log_to_driver": False}
-    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}  # one for Ray Data itself
+    quiet: dict[str, Any] = {"include_dashboard": False, "configure_logging": False, "log_to_driver": False}
+    here: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers + 1}  # one for Ray Data itself
     ray.init(runtime_env={"env_vars": ONE_THREAD}, **quiet, **here)
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     before, level = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False  # there is one of ours
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL + 1)  # what went wrong is raised, and becomes one sentence
     try:
         yield
     finally:

@@ -33,6 +33,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.models.dac.modeling_dac import Snake1d
 
 from qwen3_vlm.demo.drawings import named_drawings
+from qwen3_vlm.demo.muon import Muon, orthogonal_by_gram
 from qwen3_vlm.demo.voices import (
     HELD_OUT_VOICE,
     SAMPLING_RATE,
@@ -402,48 +403,12 @@ class CodecTraining(nn.Module):
         return 1 - len(dead) / len(uses)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal (Keller Jordan, 2024): half the minutes that AdamW needs here.
-
-    torch's own Muon takes two-dimensional weights alone; a convolution is one of (out, in · k).
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.9) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One Nesterov step with its singular values brought to about 1."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
-                mean.lerp_(weight.grad, 1 - group["momentum"])
-                step = orthogonal(weight.grad.lerp(mean, group["momentum"]).flatten(1))
-                rate = group["lr"] * max(1.0, step.shape[0] / step.shape[1]) ** 0.5
-                weight.mul_(1 - DECAY * group["lr"]).sub_(rate * step.view_as(weight))
-
-
-def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest orthogonal matrix, roughly, by the quintic Newton–Schulz iteration with Muon's coefficients.
-
-    All products but the last are of the small square kind: the polynomials are applied to the Gram matrix.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonal(matrix.T, rounds).T
-    matrix = matrix / (matrix.norm() + 1e-7)
-    gram = matrix @ matrix.T
-    one = torch.eye(len(gram))
-    whole = one
-    for _ in range(rounds):
-        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        whole = factor @ whole
-        gram = factor @ gram @ factor
-    return whole @ matrix
-
-
 def optimizers(training: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the convolutions of some size, AdamW for everything else."""
     weights = [weight for weight in training.parameters() if weight.requires_grad]
     large = [weight for weight in weights if weight.ndim == 3 and min(weight.flatten(1).shape) >= 16]
     others = [weight for weight in weights if not any(weight is one for one in large)]
-    return [Muon(large, muon_lr), torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
+    return [
+        Muon(large, muon_lr, DECAY, orthogonal_by_gram),
+        torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.99), weight_decay=0.0),
+    ]

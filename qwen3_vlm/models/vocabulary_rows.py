@@ -130,9 +130,11 @@ def add_rows(model: Any, embeddings: Tensor, head: Tensor | None, num_used: int)
     if not 0 < num_used <= table.num_embeddings:
         raise ModelError(f"The tokenizer has {num_used:,} ids, the base {table.num_embeddings:,} rows.")
     model.requires_grad_(False)
-    rows = nn.Parameter(embeddings)
+    rows = nn.Parameter(embeddings.to(table.weight.device))
     model.set_input_embeddings(SplitEmbedding(table, rows))
-    model.set_output_embeddings(SplitHead(output, rows if head is None else nn.Parameter(head), num_used))
+    model.set_output_embeddings(
+        SplitHead(output, rows if head is None else nn.Parameter(head.to(table.weight.device)), num_used)
+    )
 
 
 def is_tied(model: Any) -> bool:

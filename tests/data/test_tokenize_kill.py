@@ -16,9 +16,9 @@ from qwen3_vlm.data.tokenize import tokenize_manifest
 from tests.data.speaking_pictures import save_tokenizers, write_speaking_pictures
 from tests.data.test_tokenize import contents
 
-SHARD_RECORDS = 4
-RECORDS = 360
-KILLS = 20
+SHARD_RECORDS = 18 * KILLS + 52
+KILLS = int(os.environ.get("KILLS", "6"))  # KILLS=20 takes three minutes
+RECORDS = 4
 
 
 class Run:
@@ -91,7 +91,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) ->
     halves = 0
     for number in range(KILLS):
         run = Run(manifest, out, uti_file)
-        if number < 4:  # anywhere, also while it reads the manifest and loads the tokenizers
+        if number < 2:  # anywhere, also while it reads the manifest and loads the tokenizers
             time.sleep(generator.uniform(0.1, 6.0))
         else:
             run.wait_for_work()

@@ -34,7 +34,7 @@ def tower() -> SiglipVisionModel:
 
 def test_both_bases_together_are_small_and_no_drawing_is_shipped() -> None:
     files = [path for path in BASES.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert sum(path.stat().st_size for path in files) <= 15_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
 
 
