@@ -31,6 +31,7 @@ from qwen3_vlm.demo.drawings import compose, drawing_is_held_out, named_drawings
 from qwen3_vlm.demo.muon import Muon
 from qwen3_vlm.demo.tower import GRID, HEADS, PATCH, patch_targets, scene_batch, to_pixel_values
 from qwen3_vlm.demo.world import BACKGROUND_WORDS, CANVAS, scenes
+from qwen3_vlm.tokenization import quality
 
 CODES = 512
 CONTENT = ("object", "size", "background")  # those of the tower's heads that an id should tell by itself
@@ -267,28 +268,13 @@ def round_trip(codec: JanusVQVAE, pixels: NDArray[np.uint8]) -> tuple[NDArray[np
 
 
 def psnr(pixels: NDArray[np.uint8], drawn: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(B,) decibels over bytes, peak 255."""
-    error = (pixels.astype(np.float64) - drawn).reshape(len(pixels), -1)
-    result: NDArray[np.float64] = 10 * np.log10(255**2 / np.maximum((error**2).mean(1), 1e-9))
-    return result
+    """(B,) decibels of each picture."""
+    return np.array([quality.psnr(one, other) for one, other in zip(pixels, drawn, strict=True)])
 
 
 def ssim(pixels: NDArray[np.uint8], drawn: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(B,) structural similarity of the channels (Wang et al., 2004: Gaussian window of 11, deviation 1.5)."""
-    bell = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
-    blur = np.stack([np.pad(bell / bell.sum(), (at, CANVAS - 11 - at)) for at in range(CANVAS - 10)])
-    x, y = (picture.astype(np.float64).transpose(0, 3, 1, 2) for picture in (pixels, drawn))
-
-    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return blur @ values @ blur.T
-
-    mean_x, mean_y = mean(x), mean(y)
-    spread = mean(x * x) + mean(y * y) - mean_x**2 - mean_y**2
-    together = mean(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    likeness = (2 * mean_x * mean_y + c1) * (2 * together + c2) / ((mean_x**2 + mean_y**2 + c1) * (spread + c2))
-    result: NDArray[np.float64] = likeness.mean((1, 2, 3))
-    return result
+    """(B,) structural similarity of each picture."""
+    return np.array([quality.ssim(one, other) for one, other in zip(pixels, drawn, strict=True)])
 
 
 def what_ids_tell(codec: JanusVQVAE, known: int = 3000, asked: int = 500) -> dict[str, float]:

@@ -16,9 +16,9 @@ from qwen3_vlm.data.tokenize import tokenize_manifest
 from tests.data.speaking_pictures import save_tokenizers, write_speaking_pictures
 from tests.data.test_tokenize import contents
 
-SHARD_RECORDS = 18 * KILLS + 52
+SHARD_RECORDS = 4
 KILLS = int(os.environ.get("KILLS", "6"))  # KILLS=20 takes three minutes
-RECORDS = 4
+RECORDS = 18 * KILLS + 52
 
 
 class Run:

@@ -1,5 +1,6 @@
 """The shipped bases are real, small, complete, and do what the demo builds on."""
 
+import json
 import random
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from qwen3_vlm.demo.world import BACKGROUND_WORDS, NAMES, PROMPTS, SIZE_WORDS, p
 from qwen3_vlm.models.bases import load_bases
 
 SLOTS = 16
+ROOT = Path(__file__).parents[2]
+CODECS = {"image.source": "image_tokenizer", "audio.source": "audio_codec", "text.tokenizer": "text"}
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,14 @@ def test_what_the_bases_were_trained_with_is_written_beside_them() -> None:
     assert all(
         (Path(__file__).parents[2] / "scripts" / name).is_file() for name in ("train_text_base.py", "train_tower.py")
     )
+
+
+def test_the_stored_audit_is_of_the_shipped_codecs() -> None:
+    """Codecs that are trained anew need `qwen3-vlm uti audit` anew, or nobody could be gated against it."""
+    from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
+
+    stored = json.loads((BASES / "uti_audit.json").read_text(encoding="utf-8"))
+    folders = [f"{kind}={BASES / folder}" for kind, folder in CODECS.items()]
+    uti = UnifiedTokenizer.open(ROOT / "configs" / "demo_uti.yaml", folders, download=False)
+    assert stored["token_space_sha256"] == uti.sha256
+    assert stored["passed"] is True

@@ -89,13 +89,6 @@ def test_the_codebook_follows_its_vectors_and_revives_the_dead() -> None:
     assert codebook.revive(vectors) == 1  # nothing was sent to the last row
 
 
-def test_orthogonal_steps_have_equal_singular_values() -> None:
-    torch.manual_seed(0)
-    for shape in ((16, 40), (40, 16)):
-        values = torch.linalg.svdvals(recipe.orthogonal(torch.randn(shape)))
-        assert 0.5 < values.min() <= values.max() < 1.5
-
-
 def test_a_tenth_of_the_drawings_is_kept_to_measure_with() -> None:
     names = named_drawings()
     kept = {code for code, name in names.items() if not recipe.drawing_is_for_training(code, name)}
