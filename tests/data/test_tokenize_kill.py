@@ -17,7 +17,7 @@ from tests.data.speaking_pictures import save_tokenizers, write_speaking_picture
 from tests.data.test_tokenize import contents
 
 SHARD_RECORDS = 4
-KILLS = int(os.environ.get("KILLS", "6"))  # KILLS=20 takes three minutes
+KILLS = int(os.environ.get("KILLS", "4"))  # KILLS=20 takes three minutes
 RECORDS = 18 * KILLS + 52
 
 
