@@ -234,7 +234,7 @@ class DiffusersTokenizer(_ImageModel):
     """
 
     kind = ModelKind(
-        "VQModel", "VQModel", ("act_fn", "norm_num_groups", "norm_type", "block_out_channels"), library="diffusers"
+        "VQModel", "VQModel", ("act_fn", "norm_num_groups", "norm_type", "block_out_channels"), package="diffusers"
     )
     _UNIT_RANGE_PIPELINES = ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
 

@@ -38,16 +38,16 @@ class ModelKind:
     class_name: str
     type_name: str  # of its config.json: `model_type`, or `_class_name` in diffusers
     digest_keys: tuple[str, ...]  # settings that change ids but no tensor's shape; dotted into a mapping
-    library: str = "transformers"
+    package: str = "transformers"
     whole_model: str | None = None  # `model_type` of a model that has one inside, configured under `vq_config`
 
     @property
     def type_key(self) -> str:
-        return "model_type" if self.library == "transformers" else "_class_name"
+        return "model_type" if self.package == "transformers" else "_class_name"
 
     @property
     def file_stem(self) -> str:
-        return "model" if self.library == "transformers" else "diffusion_pytorch_model"
+        return "model" if self.package == "transformers" else "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def load_model(kind: ModelKind, config: "ImageConfig | AudioConfig", device: tor
     values, inside = _check_kind(kind, folder)
     files = _weight_files(folder, kind.file_stem)
     tensor_digest, own_names = _digest_tensors(files, folder, inside=inside)
-    load = _load_transformers if kind.library == "transformers" else _load_diffusers
+    load = _load_transformers if kind.package == "transformers" else _load_diffusers
     try:
         with _quiet():
             model, info = load(kind, folder, values, inside, getattr(torch, config.dtype))
