@@ -50,7 +50,8 @@ def read_facts(caption: str) -> Facts:
 def count_right(kind: str, prediction: Facts, reference: Facts) -> tuple[int, int]:
     """(right, of) facts of a kind in one caption; facts too many or too few count as wrong ones."""
     said, true = prediction.of(kind), reference.of(kind)
-    return sum(a == b for a, b in zip(said, true, strict=False)), max(len(said), len(true))
+    right = sum(a == b for a, b in zip(said, true, strict=False))  # what one side lacks can't be right: it is in "of"
+    return right, max(len(said), len(true))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Shapes: B clips, A channels, S samples, K codebooks, F frames.
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ _ATTENTION = ("num_attention_heads", "head_dim", "sliding_window", "rope_paramet
 _TRANSFORMER = (*_ATTENTION, "norm_eps", "hidden_act")
 
 
-class _AudioModel:
+class _AudioModel(ABC):
     """What the adapters share: opening, checks, exact arithmetic, and pickling by re-opening."""
 
     kind: ModelKind
@@ -93,11 +94,12 @@ class _AudioModel:
             raise ModelError(f"{type(self.model).__name__} decodes to values that are not finite; try float32.")
         return _fit(values.reshape(batch, self.channels, -1), frames * self.samples_per_frame)
 
-    def _check_usable(self) -> None:
+    def _check_usable(self) -> None:  # noqa: B027 (not abstract: most codecs have nothing to check)
         """Raise a ModelError if ids alone do not say what was heard."""
 
+    @abstractmethod
     def all_codebook_sizes(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Sizes of all codebooks that the model has."""
 
     def own_channels(self) -> int:
         return int(self.model.config.audio_channels)
@@ -105,12 +107,13 @@ class _AudioModel:
     def own_samples_per_frame(self) -> int:
         return int(self.model.config.hop_length)
 
+    @abstractmethod
     def _encode(self, values: Tensor) -> Tensor:
         """(B, A, S) → (B, at least K, F)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, K, F) → (B, A, about F · samples_per_frame)."""
 
 
 def _fit(values: NDArray[np.float32], samples: int) -> NDArray[np.float32]:

@@ -252,15 +252,12 @@ def _tiles(report: dict[str, Any], space: TokenSpace) -> list[tuple[str, str, st
 
 def _range_rows(space: TokenSpace, report: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per range; bars by the logarithm of the size, as text is ten times all the rest."""
-    used = {
-        name: entry["used"]
-        for modality in ("image", "audio")
-        for name, entry in zip(
-            [name for name in space.ranges if name.startswith(modality.upper())],
-            report["figures"].get(modality, {}).get("codes_used", []),
-            strict=False,
-        )
-    }
+    used: dict[str, int] = {}
+    for modality in ("image", "audio"):
+        names = [name for name in space.ranges if name.startswith(modality.upper())]
+        if modality in report["figures"]:  # it is not where no item of that kind was audited
+            entries = report["figures"][modality]["codes_used"]
+            used |= {name: entry["used"] for name, entry in zip(names, entries, strict=True)}
     top = max(np.log2(span.size + 1) for span in space.ranges.values())
     return [
         {"name": name, "span": span, "used": used.get(name), "bar": round(100 * float(np.log2(span.size + 1) / top))}

@@ -3,6 +3,7 @@
 Shapes: B items of a batch, R C grid rows and columns, A channels, S samples, K codebooks, F frames.
 """
 
+import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -87,10 +88,10 @@ class Pictures(Subject):
 
     def attributes(self) -> Iterator[str]:
         yield from _count(self.adapter, "codebook_size")
-        yield from _counts(self.adapter, "resolution", 2)
-        yield from _counts(self.adapter, "grid", 2)
+        faults = [*_counts(self.adapter, "resolution", 2), *_counts(self.adapter, "grid", 2)]
+        yield from faults
         yield from _rest(self.adapter)
-        if any(cells > side for cells, side in zip(self.adapter.grid, self.adapter.resolution, strict=False)):
+        if not faults and any(map(operator.gt, self.adapter.grid, self.adapter.resolution)):
             yield f"grid {self.adapter.grid} is finer than resolution {self.adapter.resolution}"
 
     def sizes(self) -> Array:

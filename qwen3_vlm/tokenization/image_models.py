@@ -7,6 +7,7 @@ Shapes: B pictures, H W pixels, R C grid rows and columns, E codebook width.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def _class_defaults(processor: Any) -> dict[str, Any]:
     return {name: getattr(processor, name) for name in names}
 
 
-class _ImageModel:
+class _ImageModel(ABC):
     """What the adapters share: opening, checks, bytes ↔ values, exact arithmetic, and pickling by re-opening."""
 
     kind: ModelKind
@@ -149,11 +150,13 @@ class _ImageModel:
             raise ConfigError(f"image.resolution is {side}, but {folder} needs a multiple of {factor}, such as {near}.")
         return (side, side), (side // factor, side // factor)
 
+    @abstractmethod
     def processor_defaults(self, folder: Path) -> dict[str, Any]:
-        raise NotImplementedError
+        """How the model's own image processor scales pixels, where its folder does not say."""
 
+    @abstractmethod
     def pixels_per_id(self) -> int:
-        raise NotImplementedError
+        """Pixels of a side that one id stands for."""
 
     def own_side(self) -> int | None:
         """The side that the model was made for, where its config says so."""
@@ -163,11 +166,13 @@ class _ImageModel:
         """(codebook size, E)."""
         return self.model.quantize.embedding.weight
 
+    @abstractmethod
     def _encode(self, values: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, 3, H, W) values → ids, one grid a picture."""
 
+    @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(B, R, C) → (B, 3, H, W) values."""
 
 
 def _reopen(config: "ImageConfig", weights_sha256: str) -> Any:

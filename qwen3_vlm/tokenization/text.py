@@ -54,7 +54,10 @@ class LosslessText:
             if _decode(tokenizer, ids) == text:
                 return ids
         kept = _decode(self.tokenizer, ids)
-        place = next((i for i, (a, b) in enumerate(zip(text, kept, strict=False)) if a != b), min(len(text), len(kept)))
+        same = [
+            a == b for a, b in zip(text, kept, strict=False)
+        ]  # one may be longer: then it differs where the other ends
+        place = [*same, False].index(False)
         raise TokenError(
             f"The tokenizer of {self.identity.name} can't keep this text: at character {place} it has "
             f"{text[place : place + 12]!r} and gives {kept[place : place + 12]!r} back. Use a byte-level tokenizer.",
