@@ -117,6 +117,7 @@ def audit_manifest(
     with _problem_file(problems) as tell, _bar(path, progress) as advance:
 
         def fail(problem: Problem) -> None:
+            """Count a problem and tell of it."""
             report.reasons[problem["reason"]] += 1
             report.first.setdefault(problem["reason"], problem["message"])
             tell(problem)
@@ -124,6 +125,7 @@ def audit_manifest(
         failed = bytearray()  # one byte a line: a record counts once, also when its id stands twice
 
         def visit(line: ManifestLine) -> None:
+            """Examine one line, in the order of the file."""
             problem = _examine(line.entry, path.parent, media, *limits)
             failed.append(problem is not None)
             report.records += 1

@@ -185,6 +185,7 @@ def _encode_block(items: Sequence[_Loaded], uti: UnifiedTokenizer, tally: _Tally
     metadata: list[dict[str, Any]] = [{} for _ in items]
 
     def run(modality: str, encode: Callable[[list[Any]], Sequence[Any]], values: Sequence[Any | None]) -> None:
+        """Encode the values of the records that have one and have not failed."""
         places = [place for place, value in enumerate(values) if value is not None and place not in failed]
         for place, result in zip(places, encode_each(encode, [values[p] for p in places]), strict=True):
             if isinstance(result, RecordError | TokenError):

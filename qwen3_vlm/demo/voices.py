@@ -170,6 +170,11 @@ class _Espeak:
         self._library.espeak_SetParameter(_PITCH, pitch, 0)
 
     def say(self, text: str) -> _Recording:
+        """16-bit samples at the library's own rate, and phonemes with the second each begins at.
+
+        Raises:
+            DataError: it can't say this text.
+        """
         recording = _Recording(self._rate)
         callback = _Callback(_collector(recording))
         self._library.espeak_SetSynthCallback(callback)
@@ -187,6 +192,7 @@ def _collector(recording: _Recording) -> Callable[..., int]:
     """What espeak-ng calls with each piece of sound and the events in it; 0 = go on."""
 
     def collect(samples: "ctypes._Pointer[ctypes.c_short]", count: int, events: "ctypes._Pointer[_Event]") -> int:
+        """Keep `count` samples and the phonemes among the events (espeak-ng's speak_lib.h, t_espeak_callback)."""
         if samples and count > 0:
             recording.pcm.append(ctypes.string_at(samples, 2 * count))
         index = 0

@@ -75,6 +75,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """(S, D), (V, D), (S,) → (S,) losses in nats."""
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
@@ -92,6 +93,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
+        """(S,) → (S, D): each row's stored gradient, weighted."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0].unsqueeze(-1).to(gradient.dtype), None, None
 
@@ -150,6 +152,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, base: Tensor, rows: Tensor, target: Tensor, used: int, smoothing: float, z: float
     ) -> Tensor:
+        """(S, D), (V_base, D), (N, D), (S,) → (S,) losses in nats."""
         block, narrow = base[:used], _as_multiplied(rows, base)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         count = used + rows.shape[0]
@@ -177,6 +180,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """(S,) → gradients of `hidden` (S, D) and `rows` (N, D)."""
         hidden, rows, place, log_normalizers, *gradient = ctx.saved_tensors
         weights = grad_outputs[0].unsqueeze(-1)
         of_hidden = gradient[0] * weights.to(gradient[0].dtype) if gradient else None

@@ -200,6 +200,7 @@ def _refuses(check: str) -> Callable[[Subject], str]:
     """Items that a check of this name is about, and for shapes and dtypes such codes as well."""
 
     def run(subject: Subject) -> str:
+        """How the adapter refused them; a FaultError where it did not."""
         wrong = [(what, array) for name, what, array in subject.wrong_items() if name == check]
         raised = {_must_refuse(subject.adapter.encode, array, what) for what, array in wrong}
         decode = subject.adapter.decode

@@ -163,6 +163,7 @@ class Sounds(Subject):
         yield f"a clip {LONG_CLIPS} times as long", np.tile(self.items, LONG_CLIPS)
 
     def wrong_items(self) -> Iterator[tuple[str, str, Array]]:
+        """(check, what it is, sounds) that `encode` must refuse."""
         items = self.items
         yield "refuses_shapes", "a single clip", items[0]
         yield "refuses_shapes", "a channel too many", np.concatenate([items, items[:, :1]], 1)

@@ -26,6 +26,11 @@ def parse_strict(data: bytes | str) -> Any:
 
 
 def read_small(file: Path) -> bytes:
+    """The content of a file of at most `MAX_FILE_BYTES`.
+
+    Raises:
+        TokenSpaceError: it can't be read, or is larger.
+    """
     try:
         with open(file, "rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)

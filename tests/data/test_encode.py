@@ -96,7 +96,7 @@ def test_a_processor_that_loses_a_placeholder_is_found_out() -> None:
 def test_a_template_that_masks_everything_is_found_out() -> None:
     processor = WordProcessor()
     encode_conversation = processor.encode_conversation
-    processor.encode_conversation = lambda messages: (encode_conversation(messages)[0], [0] * 99)  # type: ignore
+    processor.encode_conversation = lambda messages: (encode_conversation(messages)[0], [0] * 99)  # type: ignore[method-assign]
     with pytest.raises(RecordError, match="no answer token") as caught:
         SampleEncoder(processor, 100).encode(record("q", "a"))
     assert caught.value.reason == "no_labels"
@@ -184,6 +184,6 @@ def test_turns_are_what_the_processor_sees() -> None:
     seen: list[Any] = []
     processor = WordProcessor()
     encode_conversation = processor.encode_conversation
-    processor.encode_conversation = lambda messages: seen.append(messages) or encode_conversation(messages)  # type: ignore
+    processor.encode_conversation = lambda messages: seen.append(messages) or encode_conversation(messages)  # type: ignore[method-assign]
     SampleEncoder(processor, 100).encode(Record("x", (Turn("user", "q"), Turn("assistant", "a")), (), "here"))
     assert seen == [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]]
