@@ -305,9 +305,8 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
 
         Args:
             input_ids: (B, T); each image stands as N copies of `config.image_token_id`.
-            attention_mask: (B, T), 1 for real tokens. Leave it out for packed rows: positions that start
-                again at 0 mark where a sample begins, and no sample attends to another.
-            position_ids: (B, T).
+            attention_mask: (B, T), 1 for real tokens. Leave it out for packed rows.
+            position_ids: (B, T); where they start again at 0 a packed sample begins, and none attends to another.
             pixel_values: (I, C, H, W), images in row-then-position order; a NaFlex tower takes
                 (I, P, C·p·p) with `pixel_attention_mask` (I, P) and `spatial_shapes` (I, 2).
             patch_embeddings: (I, P, Dv), the tower's output, instead of pixels.
@@ -333,13 +332,9 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
             **_without_cache(kwargs, self.training or labels is not None),
         )
         hidden = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            losses = self._token_losses(hidden, labels).loss
-            loss = losses.sum() / (max(losses.numel(), 1) if num_items_in_batch is None else num_items_in_batch)
-        if labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._logits(hidden[:, kept, :])
+        loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._logits(hidden[:, kept, :]) if labels is None or not self.training else None
         return Qwen3VLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -353,6 +348,11 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
     def token_losses(self, *, labels: Tensor, **inputs: Any) -> TokenLosses:
         """The loss of every supervised token, for evaluation; `inputs` as in `forward`."""
         return self._token_losses(self.model(**inputs, use_cache=False).last_hidden_state, labels)
+
+    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """The summed loss over `num_items`, or over the graded tokens where that is not given."""
+        losses = self._token_losses(hidden, labels).loss
+        return losses.sum() / (max(losses.numel(), 1) if num_items is None else num_items)
 
     def _token_losses(self, hidden: Tensor, labels: Tensor) -> TokenLosses:
         row, position, target = supervised_positions(labels.to(hidden.device))
