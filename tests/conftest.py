@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: tiny bases on disk, the model over them; one thread, no network."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from tests.tiny import TINY_CONNECTOR, save_tiny_llm, save_tiny_tower
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,3 +42,21 @@ def tiny_vlm(tiny_llm_dir: Path, tiny_tower_dir: Path) -> tuple[Any, Any]:
         tiny_llm_dir, tiny_tower_dir, dtype=torch.float32, initializer_range=0.2, **TINY_CONNECTOR
     )
     return model.eval(), processor
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call the command line in this process → exit status, stdout, stderr."""
+    from qwen3_vlm import cli
+
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err + captured.out
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return call

@@ -14,9 +14,9 @@ from qwen3_vlm import cli
 from qwen3_vlm.errors import BaseMismatchError, GateError, StorageError
 from qwen3_vlm.train.add_ons import save_connector
 from qwen3_vlm.train.identity import describe_bases
+from tests.conftest import Run
 from tests.train.tiny_run import tiny_config, write_config, write_records
 
-Run = Callable[..., tuple[int, str, str]]
 GATE: dict[str, Any] = {
     "name": "zero − correct",
     "value": 0.5,
@@ -26,22 +26,6 @@ GATE: dict[str, Any] = {
     "samples": 300,
 }
 GATE |= {"passed": True, "reason": ""}
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Call the command line in this process → exit status, stdout, stderr."""
-    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import wave
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,12 @@ from PIL import Image
 from qwen3_vlm import cli, cli_uti
 from qwen3_vlm.tokenization.token_space import TokenSpace
 from qwen3_vlm.tokenization.uti_config import UTIConfig, load_uti_config
+from tests.conftest import Run
 from tests.tiny import save_tiny_llm
 from tests.tokenization.tiny_models import save_tiny
 
-Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
 RATE = 800
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Call the command line in this process → exit status, stdout, stderr."""
-    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
