@@ -367,13 +367,9 @@ def _read_sound(path: Path, name: str) -> Any:
 
 
 def _read_text(path: Path, name: str) -> str:
-    try:
-        with open(path, "rb") as stream:
-            data = stream.read(MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"The text {name} can't be read: {error.strerror or error}.") from error
-    if len(data) > MAX_TEXT_BYTES:
-        raise DataError(f"The text {name} is larger than {MAX_TEXT_BYTES:,} bytes.")
+    from qwen3_vlm.storage import read_bytes
+
+    data = read_bytes(path, MAX_TEXT_BYTES, error=DataError, name=f"The text {name}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

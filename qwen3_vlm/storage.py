@@ -115,6 +115,26 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def read_bytes(path: str | Path, max_bytes: int, *, error: type[Qwen3VLMError], name: str | None = None) -> bytes:
+    """The content of a file of at most `max_bytes`; no more than that is ever read.
+
+    Args:
+        name: what messages call the file; None: its path.
+
+    Raises:
+        error: it can't be read, or is larger.
+    """
+    name = str(path) if name is None else name
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"{name} can't be read: {problem.strerror or problem}.") from problem
+    if len(data) > max_bytes:
+        raise error(f"{name} is larger than {max_bytes:,} bytes, the most that such a file can have.")
+    return data
+
+
 def read_json(
     path: str | Path, *, error: type[Qwen3VLMError] = StorageError, max_bytes: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
@@ -123,15 +143,9 @@ def read_json(
     Raises:
         error: the file is missing, too large, not JSON, or not an object; the sentence names it.
     """
-    path = Path(path)
+    data = read_bytes(path, max_bytes, error=error)
     try:
-        with open(path, "rb") as stream:
-            data = stream.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise error(f"{path} is larger than {max_bytes:,} bytes, the most that such a file can have.")
         value = json.loads(data)
-    except OSError as problem:
-        raise error(f"{path} can't be read: {problem.strerror or problem}.") from problem
     except (ValueError, RecursionError) as problem:
         raise error(f"{path} is not valid JSON ({' '.join(str(problem).split())}).") from problem
     if not isinstance(value, dict):

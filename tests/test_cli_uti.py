@@ -149,11 +149,12 @@ def test_audit_says_what_it_can_not_use(run: Run, folder: Path, media: Path, tmp
 
 
 def test_conformance_judges_both_adapters(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen3_vlm.checks import Check
     from qwen3_vlm.tokenization import conformance
-    from qwen3_vlm.tokenization.conformance import ConformanceReport, ConformanceRow
+    from qwen3_vlm.tokenization.conformance import ConformanceReport
 
     seen: list[UTIConfig] = []
-    rows = (ConformanceRow("encode_result", True, "fine"), ConformanceRow("decode_result", False, "too dark"))
+    rows = (Check("encode_result", True, "fine"), Check("decode_result", False, "too dark"))
 
     def checked(config: UTIConfig) -> list[ConformanceReport]:
         seen.append(config)

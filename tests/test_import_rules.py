@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qwen3_vlm"
-BOTTOM = {"config", "errors", "fingerprint", "folder_lock", "storage"}
+BOTTOM = {"checks", "config", "errors", "fingerprint", "folder_lock", "storage"}
 COMMANDS = BOTTOM | {"data", "demo", "evaluate", "generate", "models", "serve", "tokenization", "train"}
 # Room → the rooms that it may import besides itself. A module that stands alone is a room of its own.
 ALLOWED = {

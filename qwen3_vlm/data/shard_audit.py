@@ -12,20 +12,21 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen3_vlm.checks import Check
 from qwen3_vlm.data.shard_dataset import AUDIT_NAME, DATASET_NAME, SIDE_FILES, SPLITS, STATS_NAME, DatasetFile
 from qwen3_vlm.data.shard_format import MAX_JSON_BYTES
-from qwen3_vlm.data.shards import MODALITIES, Shards, TokenizedRecord, read_dataset, split_of
+from qwen3_vlm.data.shards import Shards, TokenizedRecord, read_dataset, split_of
 from qwen3_vlm.data.shuffle import Permutation
 from qwen3_vlm.errors import DataError, RecordError, TokenError, TokenSpaceError
 from qwen3_vlm.storage import atomic_write_json, read_json
-from qwen3_vlm.tokenization.token_space import TokenSpace
+from qwen3_vlm.tokenization.token_space import MODALITIES, TokenSpace
 
 if TYPE_CHECKING:
     from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
@@ -37,15 +38,6 @@ SHOWN = 5  # problems per check that are written out
 
 
 @dataclass(frozen=True, slots=True)
-class AuditRow:
-    """One check; `passed` is None where it could not be made."""
-
-    check: str
-    passed: bool | None
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
 class ShardAudit:
     """The result over one data set."""
 
@@ -53,7 +45,7 @@ class ShardAudit:
     dataset_sha256: str
     records: int
     sampled: int
-    rows: tuple[AuditRow, ...]
+    rows: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
@@ -72,7 +64,7 @@ class ShardAudit:
             "passed": self.passed,
             "records": self.records,
             "sampled": self.sampled,
-            "checks": [asdict(row) for row in self.rows],
+            "checks": [row.to_dict() for row in self.rows],
         }
 
     def table(self) -> str:
@@ -81,7 +73,7 @@ class ShardAudit:
         lines = [f"{self.folder}: {self.records:,} records, {self.sampled:,} of them looked at"]
         for row in self.rows:
             first, *others = row.detail.splitlines()
-            lines += [f"  {marks[row.passed]} {row.check:<12} {first}", *(f"{'':<22}{line}" for line in others)]
+            lines += [f"  {marks[row.passed]} {row.name:<12} {first}", *(f"{'':<22}{line}" for line in others)]
         lines.append("passed" if self.passed else "FAILED: this data set is refused by training")
         return "\n".join(lines)
 
@@ -153,7 +145,7 @@ def audit_shards(
 # Files ------------------------------------------------------------------------------------------------------
 
 
-def _check_files(dataset: DatasetFile) -> AuditRow:
+def _check_files(dataset: DatasetFile) -> Check:
     """Everything that dataset.json names is what was written, and in shards/ is nothing else."""
     problems = [line.replace(f"{dataset.folder}{os.sep}", "") for line in dataset.changed_files()]
     entries = [entry for split in dataset.splits.values() for entry in split]
@@ -164,7 +156,7 @@ def _check_files(dataset: DatasetFile) -> AuditRow:
     return _row("files", problems, f"{len(known) + len(SIDE_FILES)} files are as written, {size:,} bytes in tars")
 
 
-def _check_token_space(dataset: DatasetFile, uti: "UnifiedTokenizer | None") -> tuple[TokenSpace | None, AuditRow]:
+def _check_token_space(dataset: DatasetFile, uti: "UnifiedTokenizer | None") -> tuple[TokenSpace | None, Check]:
     """One token space: in the folder, in dataset.json, and of the tokenizers that are here."""
     try:
         space = TokenSpace.load(dataset.folder)
@@ -176,10 +168,10 @@ def _check_token_space(dataset: DatasetFile, uti: "UnifiedTokenizer | None") -> 
     return space, _row("token_space", problems, f"sha256 {space.sha256}")
 
 
-def _open_parts(dataset: DatasetFile, space: TokenSpace | None) -> tuple[list[Shards], AuditRow]:
+def _open_parts(dataset: DatasetFile, space: TokenSpace | None) -> tuple[list[Shards], Check]:
     """Each split as training opens it; the index of each shard has as many ids as dataset.json says."""
     if space is None:
-        return [], AuditRow("index", False, "can't be read without the token space")
+        return [], Check("index", False, "can't be read without the token space")
     parts, problems = [], []
     for split, entries in dataset.splits.items():
         try:
@@ -197,7 +189,7 @@ def _open_parts(dataset: DatasetFile, space: TokenSpace | None) -> tuple[list[Sh
     return parts, _row("index", problems, f"{count} indices fit their shards")
 
 
-def _check_counts(dataset: DatasetFile, walked: Counter[str], manifest: str | Path | None) -> AuditRow:
+def _check_counts(dataset: DatasetFile, walked: Counter[str], manifest: str | Path | None) -> Check:
     """dataset.json, the tars, stats.json and tokenize_errors.jsonl speak of the same numbers."""
     folder, problems = dataset.folder, []
     try:
@@ -287,7 +279,7 @@ class _Walk:
         if belongs != part.split:
             self.strays.append(f"{record_id[:80]!r} is in {part.split}, its id says {belongs}")
 
-    def rows(self) -> list[AuditRow]:
+    def rows(self) -> list[Check]:
         """What was found: structure, splits, ids that stand twice."""
         digests = np.frombuffer(bytes(self._digests), dtype="<u8").reshape(-1, 2)
         order = np.lexsort(digests.T)
@@ -336,7 +328,7 @@ def _sample(parts: Sequence[Shards], sample: int | None, key: str) -> list[tuple
     ]
 
 
-def _check_records(chosen: Sequence[tuple[Shards, int]], keep: int) -> tuple[list[TokenizedRecord], AuditRow]:
+def _check_records(chosen: Sequence[tuple[Shards, int]], keep: int) -> tuple[list[TokenizedRecord], Check]:
     """Read as training reads: headers, fields, segments, hashes, token space, ranges, grids, frames."""
     kept: list[TokenizedRecord] = []
     reasons: Counter[str] = Counter()
@@ -357,10 +349,10 @@ def _check_records(chosen: Sequence[tuple[Shards, int]], keep: int) -> tuple[lis
     return kept, _row("records", problems, f"{len(chosen):,} read: arrays, segments, hashes, ranges and shapes agree")
 
 
-def _check_decoding(records: Sequence[TokenizedRecord], uti: "UnifiedTokenizer | None") -> AuditRow:
+def _check_decoding(records: Sequence[TokenizedRecord], uti: "UnifiedTokenizer | None") -> Check:
     """Texts come back as they are stored; pictures and sounds come back at all."""
     if uti is None:
-        return AuditRow("decode", None, "not checked: no tokenizers are open")
+        return Check("decode", None, "not checked: no tokenizers are open")
     done: Counter[str] = Counter()
     problems: list[str] = []
     for record in records:
@@ -406,11 +398,11 @@ def _check_again(
     records: Sequence[TokenizedRecord],
     uti: "UnifiedTokenizer | None",
     manifest: str | Path | None,
-) -> AuditRow:
+) -> Check:
     """Read the sources once more, tokenize them one at a time, and compare."""
     if uti is None or manifest is None:
         missing = "no tokenizers are open" if uti is None else "the manifest was not given"
-        return AuditRow("retokenize", None, f"not checked: {missing}")
+        return Check("retokenize", None, f"not checked: {missing}")
     from qwen3_vlm.data.manifest import ManifestRecord, read_manifest
 
     wanted = {int(record.key): record for record in records}
@@ -471,13 +463,13 @@ def _differences(record: TokenizedRecord, again: dict[str, npt.NDArray[Any]]) ->
     return lines
 
 
-def _row(check: str, problems: Sequence[str], fine: str) -> AuditRow:
+def _row(check: str, problems: Sequence[str], fine: str) -> Check:
     """A passed check says what was seen, a failed one what is wrong."""
     if not problems:
-        return AuditRow(check, True, fine)
+        return Check(check, True, fine)
     shown = [_printable(line) for line in problems[:SHOWN]]
     more = [f"… and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
-    return AuditRow(check, False, "\n".join([*shown, *more]))
+    return Check(check, False, "\n".join([*shown, *more]))
 
 
 def _printable(text: str) -> str:

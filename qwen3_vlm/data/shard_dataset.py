@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_vlm.data.shard_format import MODALITIES
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.fingerprint import fingerprint_file
 from qwen3_vlm.storage import atomic_write_bytes, read_json
-from qwen3_vlm.tokenization.token_space import FILE_NAME, HASH_NAME, TokenSpace
+from qwen3_vlm.tokenization.token_space import FILE_NAME, HASH_NAME, MODALITIES, TokenSpace
 
 SPLITS = ("train", "val", "test")
 DATASET_FORMAT = "qwen3_vlm.shards.v1"

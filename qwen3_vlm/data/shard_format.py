@@ -23,9 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3_vlm.errors import RecordError, TokenError
-from qwen3_vlm.tokenization.token_space import TokenSpace
+from qwen3_vlm.tokenization.token_space import MODALITIES, Content, TokenSpace
 
-MODALITIES = ("text", "image", "audio")  # the order of the segments in the array and of the index's columns
 INDEX_COLUMNS = ("json_offset", "json_size", "npy_offset", "npy_size", "n_text", "n_image", "n_audio")
 BLOCK_BYTES = 512
 MAX_JSON_BYTES = 4_000_000
@@ -103,7 +102,7 @@ def encode_record(record: TokenizedRecord, token_space: TokenSpace) -> tuple[byt
         if (modality in record.ids) != (modality in record.metadata):
             raise RecordError(f"{origin} has ids of its {modality} without metadata or the reverse.", "bad_metadata")
     segments, parts = _lay_out(record, token_space, origin)
-    tree = {
+    tree: dict[str, Any] = {
         "id": record.id,
         "source": record.source,
         "task": record.task,
@@ -152,11 +151,12 @@ def decode_record(block: bytes, row: npt.NDArray[np.int64], token_space: TokenSp
         )
     array = _parse_npy(block[npy_start + BLOCK_BYTES :], origin)
     ids = _segments(tree, array, row[4:7], origin)
-    for modality, part in ids.items():
+    for modality in (name for name in MODALITIES if name in ids):
+        part = ids[modality]
         if _digest(part) != tree["ids_sha256"].get(modality):
             raise RecordError(f"{origin}: the {modality} ids are not those that were hashed.", "ids_sha256")
         check_ids(part, modality, token_space, origin)
-    metadata = {modality: tree[modality] for modality in MODALITIES[1:] if tree[modality] is not None}
+    metadata: dict[str, Any] = {modality: tree[modality] for modality in MODALITIES[1:] if tree[modality] is not None}
     if set(metadata) != set(ids) - {"text"}:
         raise RecordError(f"{origin}: segments and metadata name different modalities.", "bad_metadata")
     return TokenizedRecord(
@@ -164,7 +164,7 @@ def decode_record(block: bytes, row: npt.NDArray[np.int64], token_space: TokenSp
     )  # fmt: skip
 
 
-def check_ids(ids: npt.NDArray[Any], modality: str, token_space: TokenSpace, origin: str) -> None:
+def check_ids(ids: npt.NDArray[Any], modality: Content, token_space: TokenSpace, origin: str) -> None:
     """Refuse ids that are not whole content of `modality`: text ids, one grid, whole frames.
 
     Raises:
@@ -173,12 +173,7 @@ def check_ids(ids: npt.NDArray[Any], modality: str, token_space: TokenSpace, ori
     if modality != "text" and not len(ids):
         raise RecordError(f"{origin} has an empty {modality} segment.", "empty_segment")
     try:
-        if modality == "text":
-            token_space.from_global(ids, "text")
-        elif modality == "image":
-            token_space.image_from_global(ids)
-        else:
-            token_space.audio_from_global(ids)
+        token_space.require_content(ids, modality)
     except TokenError as error:
         raise RecordError(f"{origin}, {modality}: {error}", error.reason) from error
 
@@ -186,7 +181,9 @@ def check_ids(ids: npt.NDArray[Any], modality: str, token_space: TokenSpace, ori
 def _lay_out(
     record: TokenizedRecord, token_space: TokenSpace, origin: str
 ) -> tuple[dict[str, list[int]], dict[str, Ids]]:
-    segments, parts, start = {}, {}, 0
+    segments: dict[str, list[int]] = {}
+    parts: dict[str, Ids] = {}
+    start = 0
     for modality in MODALITIES:
         if modality not in record.ids:
             continue

@@ -46,7 +46,6 @@ from qwen3_vlm.data.shard_format import (
     INDEX_COLUMNS,
     MAX_JSON_BYTES,
     MAX_NPY_BYTES,
-    MODALITIES,
     TokenizedRecord,
     check_record,
     decode_record,
@@ -57,10 +56,9 @@ from qwen3_vlm.data.shard_format import (
 )
 from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.storage import atomic_file, atomic_write_bytes, read_json
-from qwen3_vlm.tokenization.token_space import FILE_NAME, TokenSpace
+from qwen3_vlm.tokenization.token_space import FILE_NAME, MODALITIES, TokenSpace
 
 __all__ = [
-    "MODALITIES",
     "SPLITS",
     "DatasetFile",
     "ShardEntry",
@@ -129,7 +127,9 @@ def write_shard(
         digest.update(end)
     index = npy_bytes(np.array(rows, dtype="<i8").reshape(-1, len(INDEX_COLUMNS)))
     atomic_write_bytes(shard_path(out, split, number, "index.npy"), index)
-    tokens = {modality: sum(row[4 + column] for row in rows) for column, modality in enumerate(MODALITIES)}
+    tokens: dict[str, int] = {
+        modality: sum(row[4 + column] for row in rows) for column, modality in enumerate(MODALITIES)
+    }
     return ShardSummary(
         split, number, len(rows), tokens, offset + len(end), digest.hexdigest(), hashlib.sha256(index).hexdigest()
     )

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen3_vlm.data.shards import MODALITIES, SPLITS, read_report
+from qwen3_vlm.data.shards import SPLITS, read_report
 from qwen3_vlm.data.tokenize_plan import Plan, Unit
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.storage import atomic_file, atomic_write_json
+from qwen3_vlm.tokenization.token_space import MODALITIES
 
 STATS_FORMAT = "qwen3_vlm.stats.v1"
 STATS_NAME = "stats.json"

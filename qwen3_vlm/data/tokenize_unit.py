@@ -15,10 +15,11 @@ import numpy as np
 
 from qwen3_vlm.data.images import load_image
 from qwen3_vlm.data.manifest import BadLine, ManifestRecord, open_manifest, read_line, resolve_media
-from qwen3_vlm.data.shards import MODALITIES, TokenizedRecord, write_report, write_shard
+from qwen3_vlm.data.shards import TokenizedRecord, write_report, write_shard
 from qwen3_vlm.data.sounds import load_sound
 from qwen3_vlm.data.tokenize_plan import Plan, Unit
 from qwen3_vlm.errors import RecordError, TokenError
+from qwen3_vlm.tokenization.token_space import MODALITIES
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 
 BLOCK_RECORDS = 64  # encoded together, and at least two calls of each codec

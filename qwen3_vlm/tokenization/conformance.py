@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_vlm.checks import Check
 from qwen3_vlm.tokenization.conformance_checks import CHECKS, Row, check_sameness
 from qwen3_vlm.tokenization.conformance_subjects import FaultError, Subject, subject_of
 from qwen3_vlm.tokenization.quality import psnr, snr_db
@@ -27,19 +28,10 @@ from qwen3_vlm.tokenization.quality import psnr, snr_db
 if TYPE_CHECKING:
     from qwen3_vlm.tokenization.uti_config import UTIConfig
 
-__all__ = ["ConformanceReport", "ConformanceRow", "run_conformance", "run_conformance_for"]
+__all__ = ["ConformanceReport", "run_conformance", "run_conformance_for"]
 
 Kind = Literal["image", "audio"]
 PROCESS_SECONDS = 600  # for a new process to open the adapter and to encode one batch
-
-
-@dataclass(frozen=True, slots=True)
-class ConformanceRow:
-    """One check. `passed` is None where it could not be run, since one that it rests on failed."""
-
-    check: str
-    passed: bool | None
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +40,7 @@ class ConformanceReport:
 
     kind: str
     name: str  # the adapter's class
-    rows: tuple[ConformanceRow, ...]
+    rows: tuple[Check, ...]
     figures: dict[str, float | None] = field(default_factory=dict)
 
     @property
@@ -59,19 +51,19 @@ class ConformanceReport:
     @property
     def failures(self) -> list[str]:
         """Names of the checks that failed."""
-        return [row.check for row in self.rows if row.passed is False]
+        return [row.name for row in self.rows if row.passed is False]
 
     def to_dict(self) -> dict[str, Any]:
         """What `json.dumps` takes."""
-        rows = [{"check": row.check, "passed": row.passed, "detail": row.detail} for row in self.rows]
+        rows = [{"check": row.name, "passed": row.passed, "detail": row.detail} for row in self.rows]
         return {"kind": self.kind, "name": self.name, "passed": self.passed, "checks": rows, "figures": self.figures}
 
     def to_text(self) -> str:
         """A line per check, then the figures and the verdict."""
-        width = max(len(row.check) for row in self.rows)
+        width = max(len(row.name) for row in self.rows)
         words = {True: "ok", False: "FAILED", None: "not run"}
         lines = [f"{self.kind}: {self.name}"]
-        lines += [f"  {words[row.passed]:7}  {row.check:{width}}  {row.detail}" for row in self.rows]
+        lines += [f"  {words[row.passed]:7}  {row.name:{width}}  {row.detail}" for row in self.rows]
         lines += [f"  {key}: {'none' if value is None else f'{value:.4g}'}" for key, value in self.figures.items()]
         done = sum(row.passed is True for row in self.rows)
         verdict = "conforms" if self.passed else f"does not conform: {', '.join(self.failures)}"
@@ -98,14 +90,14 @@ def run_conformance(
         raise ValueError("batch_size must be 2 or more: neighbours are what is tested")
     subject = subject_of(adapter, kind, batch_size)
     state: dict[str, bool | None] = {}
-    rows: list[ConformanceRow] = []
+    rows: list[Check] = []
     again: tuple[Row, ...] = (
         ("reopened", ("encode_neighbours",), functools.partial(_reopened, opener=opener)),
         ("other_process", ("reopened",), functools.partial(_other_process, opener=opener)),
     )
     for name, needs, run in (*CHECKS[kind], *again[: 2 if new_process else 1]):
         missing = [need for need in needs if not state[need]]
-        row = ConformanceRow(name, None, f"needs {', '.join(missing)}") if missing else _run(name, run, subject)
+        row = Check(name, None, f"needs {', '.join(missing)}") if missing else _run(name, run, subject)
         state[name] = row.passed
         rows.append(row)
     usable = state["encode_result"] and state["decode_result"]
@@ -127,14 +119,14 @@ def run_conformance_for(config: "UTIConfig", *, download: bool = True) -> list[C
     return reports
 
 
-def _run(name: str, run: Callable[[Subject], str], subject: Subject) -> ConformanceRow:
+def _run(name: str, run: Callable[[Subject], str], subject: Subject) -> Check:
     try:
-        return ConformanceRow(name, True, run(subject))
+        return Check(name, True, run(subject))
     except FaultError as failure:
-        return ConformanceRow(name, False, str(failure))
+        return Check(name, False, str(failure))
     except Exception as problem:  # whatever an adapter raises is its failure, to be told in its row
         reason = str(problem).strip().split("\n", 1)[0]
-        return ConformanceRow(name, False, f"{type(problem).__name__}: {reason}")
+        return Check(name, False, f"{type(problem).__name__}: {reason}")
 
 
 def _reopened(subject: Subject, opener: Callable[[], Any] | None) -> str:

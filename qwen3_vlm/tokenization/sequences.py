@@ -13,16 +13,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen3_vlm.errors import TokenError
-from qwen3_vlm.tokenization.token_space import Modality, TokenSpace
+from qwen3_vlm.tokenization.token_space import MODALITIES, Content, Modality, TokenSpace
 
 IGNORED = -100  # the label that no loss is computed at
-Content = Literal["text", "image", "audio"]
 Ids = npt.NDArray[np.int32]
 
 
@@ -39,7 +38,6 @@ BOUNDARIES: dict[Content, Boundary] = {
     "image": Boundary("<|img_start|>", "<|img_end|>", "<|gen_img|>"),
     "audio": Boundary("<|aud_start|>", "<|aud_end|>", "<|gen_aud|>"),
 }
-LENGTH_COLUMNS: tuple[Content, ...] = ("text", "image", "audio")  # as in a shard's index
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +215,7 @@ def sequence_lengths(task: str, lengths: npt.NDArray[np.int64]) -> npt.NDArray[n
         lengths: (n, 3) ids of text, image and audio, as `Shards.lengths` has them.
     """
     wanted = sequence_format(task)
-    parts = [lengths[:, LENGTH_COLUMNS.index(modality)] for modality in (wanted.source, wanted.target)]
+    parts = [lengths[:, MODALITIES.index(modality)] for modality in (wanted.source, wanted.target)]
     return np.where((parts[0] > 0) & (parts[1] > 0), parts[0] + parts[1] + OVERHEAD, 0)
 
 
@@ -290,12 +288,7 @@ def _content(token_space: TokenSpace, modality: Content, ids: Mapping[str, npt.N
         raise TokenError(
             f"The {modality} has the shape {values.shape}; at least one id is needed.", f"empty_{modality}"
         )
-    if modality == "text":
-        token_space.from_global(values, "text")
-    elif modality == "image":
-        token_space.image_from_global(values)
-    else:
-        token_space.audio_from_global(values)
+    token_space.require_content(values, modality)
     return values.astype(np.int32)
 
 

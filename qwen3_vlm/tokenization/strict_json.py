@@ -2,15 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qwen3_vlm.errors import TokenSpaceError
 from qwen3_vlm.tokenization.token_space_schema import shown
 
-__all__ = ["parse_strict", "read_small", "tree_differences"]
-
-MAX_FILE_BYTES = 1_000_000
+__all__ = ["parse_strict", "tree_differences"]
 
 
 def parse_strict(data: bytes | str) -> Any:
@@ -23,22 +20,6 @@ def parse_strict(data: bytes | str) -> Any:
         return json.loads(data, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise TokenSpaceError(f"It is not valid JSON ({shown(' '.join(str(error).split()))}).") from error
-
-
-def read_small(file: Path) -> bytes:
-    """The content of a file of at most `MAX_FILE_BYTES`.
-
-    Raises:
-        TokenSpaceError: it can't be read, or is larger.
-    """
-    try:
-        with open(file, "rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise TokenSpaceError(f"It can't be read: {error.strerror or error}.") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise TokenSpaceError(f"It is larger than {MAX_FILE_BYTES:,} bytes.")
-    return data
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

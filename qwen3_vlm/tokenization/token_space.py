@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3_vlm.errors import TokenError, TokenSpaceError
-from qwen3_vlm.storage import atomic_write_text
+from qwen3_vlm.storage import atomic_write_text, read_bytes
 from qwen3_vlm.tokenization.id_arrays import as_integers, require_between, stack_last, swap_last
-from qwen3_vlm.tokenization.strict_json import parse_strict, read_small, tree_differences
+from qwen3_vlm.tokenization.strict_json import parse_strict, tree_differences
 from qwen3_vlm.tokenization.token_space_schema import (
     VERSION,
     AudioIdentity,
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 __all__ = [
     "FILE_NAME",
     "HASH_NAME",
+    "MODALITIES",
     "SPECIAL_TOKENS",
     "AudioIdentity",
+    "Content",
     "IdRange",
     "ImageIdentity",
     "Modality",
@@ -64,9 +66,12 @@ SPECIAL_TOKENS = (
     "<|pad_mm|>",
 )
 SPECIAL_COUNT = 64
+MAX_FILE_BYTES = 1_000_000
 MAX_IDS = 2**31 - 1  # ids are stored as int32
 
 Modality = Literal["text", "special", "image", "audio"]
+Content = Literal["text", "image", "audio"]  # what a record can hold
+MODALITIES: tuple[Content, ...] = ("text", "image", "audio")  # in the order that records are stored in
 Ids = TypeVar("Ids", int, npt.NDArray[Any], "torch.Tensor")
 
 
@@ -273,6 +278,19 @@ class TokenSpace:
         parts = [self.from_global(frames[..., k], "audio", k) for k in range(count)]
         return swap_last(stack_last(parts))
 
+    def require_content(self, ids: Ids, modality: Content) -> None:
+        """Refuse ids (n,) that are not whole content of one modality: text, one picture, or whole frames of sound.
+
+        Raises:
+            TokenError: an id is another modality's, or the number does not fit.
+        """
+        if modality == "image":
+            self.image_from_global(ids)
+        elif modality == "audio":
+            self.audio_from_global(ids)
+        else:
+            self.from_global(ids, modality)
+
     def locate(self, ids: Ids) -> tuple[Ids, Ids]:
         """For each id the number of its range (in the order of `ranges`) and its local code.
 
@@ -368,12 +386,12 @@ class TokenSpace:
         """
         file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
         try:
-            space = cls.from_json(read_small(file))
+            space = cls.from_json(_read(file))
         except TokenSpaceError as error:
             raise TokenSpaceError(f"{file}: {error}") from error
         hash_file = file.with_name(HASH_NAME)
         if hash_file.is_file():
-            expected = read_small(hash_file).decode("ascii", "replace").strip()
+            expected = _read(hash_file).decode("ascii", "replace").strip()
             if expected != space.sha256:
                 raise TokenSpaceError(
                     f"{file} has the sha256 {space.sha256}, {HASH_NAME} beside it says {expected[:64]!r}: one of them "
@@ -431,6 +449,10 @@ class TokenSpace:
             lines.append(f"  {name:<10} {span.first:>9,} – {span.last:>9,}  {span.size:>9,}  {bar:<30}{note}".rstrip())
         lines += [f"  {value:>9,}  {name}" for name, value in self.special_tokens.items()]
         return "\n".join(lines)
+
+
+def _read(file: Path) -> bytes:
+    return read_bytes(file, MAX_FILE_BYTES, error=TokenSpaceError, name="It")
 
 
 def _plain(tree: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_vlm.checks import Check
 from qwen3_vlm.errors import AddOnError, GateError, ModelError
 from qwen3_vlm.evaluate.gates import gate_failure, gate_figures
 from qwen3_vlm.storage import read_json
@@ -21,15 +22,6 @@ from qwen3_vlm.train.connector_files import (
     tensor_findings,
 )
 from qwen3_vlm.train.identity import base_folder, file_differences, refuse_differences
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of a verification. `passed` is None where it could not be checked."""
-
-    name: str
-    passed: bool | None
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen3_vlm.data.shard_audit import AuditRow, ShardAudit, audit_shards, run_shard_audit
+from qwen3_vlm.checks import Check
+from qwen3_vlm.data.shard_audit import ShardAudit, audit_shards, run_shard_audit
 from qwen3_vlm.data.shards import (
     SPLITS,
     TokenizedRecord,
@@ -70,7 +71,7 @@ def manifest(made: tuple[Path, Path, UnifiedTokenizer]) -> Path:
 
 
 def failed(audit: ShardAudit) -> dict[str, str]:
-    return {row.check: row.detail for row in audit.rows if row.passed is False}
+    return {row.name: row.detail for row in audit.rows if row.passed is False}
 
 
 def seal(out: Path) -> None:
@@ -111,12 +112,12 @@ def test_a_fresh_data_set_passes_every_check(out: Path, uti: UnifiedTokenizer, m
     with pytest.raises(DataError, match="never audited"):
         open_shards(out)
     audit = audit_shards(out, uti, sample=None, decode=1000, manifest=manifest)
-    assert [row.check for row in audit.rows] == CHECKS
+    assert [row.name for row in audit.rows] == CHECKS
     assert failed(audit) == {}
     assert all(row.passed for row in audit.rows)
     assert (audit.records, audit.sampled, audit.exit_status) == (36, 36, 0)
     assert sum(len(open_shards(out, split=split)) for split in SPLITS) == 36
-    detail = {row.check: row.detail for row in audit.rows}
+    detail = {row.name: row.detail for row in audit.rows}
     assert detail["decode"] == "36 text, 18 image, 18 audio decoded"
     assert detail["retokenize"].startswith("36 records tokenized again")
     assert detail["counts"] == "36 records and 1 left out, everywhere the same"
@@ -142,7 +143,7 @@ def test_the_command(out: Path, manifest: Path, capsys: pytest.CaptureFixture[st
 def test_without_tokenizers_and_sources_the_rest_is_checked(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "data", tiny_space(), audited=False)
     audit = audit_shards(folder, sample=7)
-    assert [row.check for row in audit.rows if row.passed is None] == ["decode", "retokenize"]
+    assert [row.name for row in audit.rows if row.passed is None] == ["decode", "retokenize"]
     assert audit.passed
     assert audit.sampled == 7
     assert "–      decode" in audit.table()
@@ -339,7 +340,7 @@ def test_sources_that_changed(out: Path, uti: UnifiedTokenizer, manifest: Path, 
 
 def test_a_failed_row_shows_a_few_and_counts_the_rest() -> None:
     audit = ShardAudit(
-        Path("data"), "0" * 64, 9, 9, (AuditRow("ids", False, "a\nb"), AuditRow("tars", True, "c"))
+        Path("data"), "0" * 64, 9, 9, (Check("ids", False, "a\nb"), Check("tars", True, "c"))
     )  # fmt: skip
     assert audit.table().splitlines() == [
         "data: 9 records, 9 of them looked at",

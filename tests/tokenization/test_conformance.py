@@ -57,7 +57,7 @@ def test_a_third_partys_adapters_conform_in_a_new_process_too(third_party: Path)
     reports = run_conformance_for(config)
     for report in reports:
         assert report.passed, report.to_text()
-        assert {row.check for row in report.rows} >= {"reopened", "other_process", "odd_contents"}
+        assert {row.name for row in report.rows} >= {"reopened", "other_process", "odd_contents"}
         assert json.loads(json.dumps(report.to_dict()))["passed"] is True
         assert "it conforms" in report.to_text()
         assert report.figures["ids equal alone and in a batch"] == 1.0
