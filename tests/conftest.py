@@ -12,9 +12,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests.tiny import TINY_CONNECTOR, save_tiny_llm, save_tiny_tower
+from tests.tiny import PASSED_GATE, TINY_CONNECTOR, save_tiny_llm, save_tiny_tower
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked slow go first, so that no worker is left with one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,3 +65,19 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(stop.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def connector(tiny_vlm: tuple[Any, Any], tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> Path:
+    """A connector directory with a gate that passed."""
+    from qwen3_vlm.train.add_ons import save_connector
+    from qwen3_vlm.train.identity import describe_bases
+
+    model, processor = tiny_vlm
+    return save_connector(
+        tmp_path / "connector",
+        model,
+        describe_bases(tiny_llm_dir, tiny_tower_dir, processor),
+        evidence={"format": 1, "gates": [PASSED_GATE]},
+        details={"stage": "stage1_align", "step": 7, "dtype": "float32"},
+    )

@@ -12,32 +12,9 @@ from PIL import Image
 
 from qwen3_vlm import cli
 from qwen3_vlm.errors import BaseMismatchError, GateError, StorageError
-from qwen3_vlm.train.add_ons import save_connector
-from qwen3_vlm.train.identity import describe_bases
 from tests.conftest import Run
+from tests.tiny import PASSED_GATE
 from tests.train.tiny_run import tiny_config, write_config, write_records
-
-GATE: dict[str, Any] = {
-    "name": "zero − correct",
-    "value": 0.5,
-    "low": 0.4,
-    "high": 0.6,
-    "threshold": 0.05,
-    "samples": 300,
-}
-GATE |= {"passed": True, "reason": ""}
-
-
-@pytest.fixture
-def connector(tiny_vlm: tuple[Any, Any], tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> Path:
-    model, processor = tiny_vlm
-    return save_connector(
-        tmp_path / "connector",
-        model,
-        describe_bases(tiny_llm_dir, tiny_tower_dir, processor),
-        evidence={"format": 1, "gates": [GATE]},
-        details={"stage": "stage1_align", "step": 7, "dtype": "float32"},
-    )
 
 
 @pytest.fixture
@@ -99,7 +76,9 @@ def test_a_bad_configuration_is_one_sentence(
 def test_train_prints_where_things_are(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("seed: 3")
     seen: list[Any] = []
-    done = SimpleNamespace(output_dir="runs/x", step=1200, connector_dir="runs/x/connector", evidence={"gates": [GATE]})
+    done = SimpleNamespace(
+        output_dir="runs/x", step=1200, connector_dir="runs/x/connector", evidence={"gates": [PASSED_GATE]}
+    )
     monkeypatch.setattr("qwen3_vlm.train.train_utils.train", lambda config: seen.append(config) or done)
     status, out, _ = run("train", tmp_path / "run.yaml", "optim.learning_rate=2e-4", "output_dir=runs/x")
     assert status == 0

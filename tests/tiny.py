@@ -20,6 +20,16 @@ SENTENCES = (
     "what is in the picture? describe it in one sentence.",
     "two big apples above a green tree, and a blue car below",
 )
+PASSED_GATE: dict[str, object] = {
+    "name": "zero − correct",
+    "value": 0.5,
+    "low": 0.4,
+    "high": 0.6,
+    "threshold": 0.05,
+    "samples": 300,
+    "passed": True,
+    "reason": "",
+}
 VOCABULARY_ROWS = 384  # more than the tokenizer has ids, like the real Qwen3
 
 

@@ -6,10 +6,9 @@ the first on, is itself a codec, with fewer ids and less detail.
 Shapes: B clips, A channels, S samples, K codebooks, F frames.
 """
 
-import dataclasses
 import math
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_vlm.errors import ConfigError, ModelError
-from qwen3_vlm.tokenization.audio_codecs import check_waveforms, open_audio_codec
-from qwen3_vlm.tokenization.exact import choose_device, exact_arithmetic
+from qwen3_vlm.tokenization.audio_codecs import check_waveforms
+from qwen3_vlm.tokenization.exact import exact_arithmetic
 from qwen3_vlm.tokenization.image_tokenizers import check_codes
-from qwen3_vlm.tokenization.pretrained import Loaded, ModelKind, load_model
+from qwen3_vlm.tokenization.pretrained import Adapter, Loaded, ModelKind
 
 if TYPE_CHECKING:
     from qwen3_vlm.tokenization.uti_config import AudioConfig
@@ -34,13 +33,11 @@ _ATTENTION = ("num_attention_heads", "head_dim", "sliding_window", "rope_paramet
 _TRANSFORMER = (*_ATTENTION, "norm_eps", "hidden_act")
 
 
-class _AudioModel(ABC):
-    """What the adapters share: opening, checks, exact arithmetic, and pickling by re-opening."""
-
-    kind: ModelKind
+class _AudioModel(Adapter):
+    """What the adapters of sounds share: checks and exact arithmetic."""
 
     def __init__(self, config: "AudioConfig", loaded: Loaded, device: torch.device) -> None:
-        self.model, self.device, self.dtype = loaded.model, device, getattr(torch, config.dtype)
+        super().__init__(config, loaded, device)
         self._check_usable()
         sizes = self.all_codebook_sizes()
         count = len(sizes) if config.num_codebooks is None else config.num_codebooks
@@ -51,16 +48,6 @@ class _AudioModel(ABC):
         self.channels = self.own_channels()
         self.samples_per_frame = self.own_samples_per_frame()
         self.weights_sha256 = loaded.digest(compute_dtype=config.dtype)
-        self._config = dataclasses.replace(config, source=str(loaded.folder.resolve()), subfolder=None)
-
-    @classmethod
-    def open(cls, config: "AudioConfig", *, download: bool) -> "_AudioModel":
-        device = choose_device(config.device)
-        return cls(config, load_model(cls.kind, config, device, download=download), device)
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
-        """In another process the model is opened again; weights are not sent."""
-        return _reopen, (self._config, self.weights_sha256)
 
     def encode(self, waveforms: NDArray[np.float32]) -> NDArray[np.int64]:
         """(B, A, S) → (B, K, F).
@@ -94,7 +81,7 @@ class _AudioModel(ABC):
             raise ModelError(f"{type(self.model).__name__} decodes to values that are not finite; try float32.")
         return _fit(values.reshape(batch, self.channels, -1), frames * self.samples_per_frame)
 
-    def _check_usable(self) -> None:  # noqa: B027 (not abstract: most codecs have nothing to check)
+    def _check_usable(self) -> None:
         """Raise a ModelError if ids alone do not say what was heard."""
 
     @abstractmethod
@@ -120,13 +107,6 @@ def _fit(values: NDArray[np.float32], samples: int) -> NDArray[np.float32]:
     """Exactly `samples` samples: a strided decoder may give some more, or (odd strides) lack some at the end."""
     values = values[..., :samples]
     return np.ascontiguousarray(np.pad(values, ((0, 0), (0, 0), (0, samples - values.shape[-1]))))
-
-
-def _reopen(config: "AudioConfig", weights_sha256: str) -> Any:
-    codec = open_audio_codec(config, download=False)
-    if codec.weights_sha256 != weights_sha256:
-        raise ModelError(f"The audio codec in {config.source} is no longer the one that was opened before.")
-    return codec
 
 
 class EncodecCodec(_AudioModel):

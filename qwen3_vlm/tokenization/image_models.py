@@ -7,7 +7,7 @@ Shapes: B pictures, H W pixels, R C grid rows and columns, E codebook width.
 """
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from qwen3_vlm.errors import ConfigError, ModelError
 from qwen3_vlm.storage import read_json
-from qwen3_vlm.tokenization.exact import choose_device, exact_arithmetic
-from qwen3_vlm.tokenization.image_tokenizers import check_codes, check_pixels, open_image_tokenizer
-from qwen3_vlm.tokenization.pretrained import Loaded, ModelKind, load_model
+from qwen3_vlm.tokenization.exact import exact_arithmetic
+from qwen3_vlm.tokenization.image_tokenizers import check_codes, check_pixels
+from qwen3_vlm.tokenization.pretrained import Adapter, Loaded, ModelKind
 
 if TYPE_CHECKING:
     from qwen3_vlm.tokenization.uti_config import ImageConfig
@@ -89,28 +89,16 @@ def _class_defaults(processor: Any) -> dict[str, Any]:
     return {name: getattr(processor, name) for name in names}
 
 
-class _ImageModel(ABC):
-    """What the adapters share: opening, checks, bytes ↔ values, exact arithmetic, and pickling by re-opening."""
-
-    kind: ModelKind
+class _ImageModel(Adapter):
+    """What the adapters of pictures share: checks, bytes ↔ values, exact arithmetic."""
 
     def __init__(self, config: "ImageConfig", loaded: Loaded, device: torch.device) -> None:
-        self.model, self.device, self.dtype = loaded.model, device, getattr(torch, config.dtype)
+        super().__init__(config, loaded, device)
         self.scaling = PixelScaling.read(loaded.folder, self.processor_defaults(loaded.folder))
         self.resolution, self.grid = self._sizes(config, loaded.folder)
         self.codebook_size = int(self.codebook().shape[0])
         pixels = dataclasses.asdict(self.scaling)
         self.weights_sha256 = loaded.digest(pixels=pixels, compute_dtype=config.dtype)
-        self._config = dataclasses.replace(config, source=str(loaded.folder.resolve()), subfolder=None)
-
-    @classmethod
-    def open(cls, config: "ImageConfig", *, download: bool) -> "_ImageModel":
-        device = choose_device(config.device)
-        return cls(config, load_model(cls.kind, config, device, download=download), device)
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
-        """In another process the model is opened again; weights are not sent."""
-        return _reopen, (self._config, self.weights_sha256)
 
     def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
         """(B, H, W, 3) → (B, R, C).
@@ -173,13 +161,6 @@ class _ImageModel(ABC):
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
         """(B, R, C) → (B, 3, H, W) values."""
-
-
-def _reopen(config: "ImageConfig", weights_sha256: str) -> Any:
-    tokenizer = open_image_tokenizer(config, download=False)
-    if tokenizer.weights_sha256 != weights_sha256:
-        raise ModelError(f"The image tokenizer in {config.source} is no longer the one that was opened before.")
-    return tokenizer
 
 
 class JanusTokenizer(_ImageModel):

@@ -6,25 +6,28 @@ stored, and the settings that change ids without changing a shape. How the files
 does not matter. At some 0.5 s per GB whole bytes are affordable here, unlike those of a language model.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
+from abc import ABC
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from qwen3_vlm.errors import ModelError
 from qwen3_vlm.fingerprint import resolve_folder
 from qwen3_vlm.storage import read_json
+from qwen3_vlm.tokenization.exact import choose_device
 
 if TYPE_CHECKING:
     from qwen3_vlm.tokenization.uti_config import AudioConfig, ImageConfig
 
-__all__ = ["Loaded", "ModelKind", "load_model"]
+__all__ = ["Adapter", "Loaded", "ModelKind", "load_model"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 # Where a whole model keeps its tokenizer; Emu3 models were once stored without the leading `model.`
@@ -63,6 +66,41 @@ class Loaded:
         """sha256 of weights and settings; `more`: what else decides ids, such as the pixels' normalisation."""
         values = {"tensors": self.tensor_digest, "settings": {**self.settings, **more}}
         return hashlib.sha256(_canonical(values)).hexdigest()
+
+
+class Adapter(ABC):
+    """What the adapters of pictures and of sounds share: opening, and pickling by re-opening."""
+
+    kind: ModelKind
+    weights_sha256: str
+
+    def __init__(self, config: "ImageConfig | AudioConfig", loaded: Loaded, device: torch.device) -> None:
+        self.model, self.device, self.dtype = loaded.model, device, getattr(torch, config.dtype)
+        self._config = dataclasses.replace(config, source=str(loaded.folder.resolve()), subfolder=None)
+
+    @classmethod
+    def open(cls, config: Any, *, download: bool) -> Self:
+        """Load the model that the section of uti.yaml names.
+
+        Raises:
+            ModelError: it can't be loaded, or not be used as an adapter.
+            ConfigError: a value of the config is not one that it can have.
+        """
+        device = choose_device(config.device)
+        return cls(config, load_model(cls.kind, config, device, download=download), device)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """In another process the model is opened again; weights are not sent."""
+        return _reopen, (type(self), self._config, self.weights_sha256)
+
+
+def _reopen(adapter: type[Adapter], config: Any, weights_sha256: str) -> Adapter:
+    opened = adapter.open(config, download=False)
+    if opened.weights_sha256 != weights_sha256:
+        raise ModelError(
+            f"The {adapter.kind.class_name} in {config.source} is no longer the one that was opened before."
+        )
+    return opened
 
 
 def load_model(kind: ModelKind, config: "ImageConfig | AudioConfig", device: torch.device, *, download: bool) -> Loaded:

@@ -26,25 +26,8 @@ from tests.tiny import save_tiny_llm, save_tiny_tower
 
 
 @pytest.fixture
-def directory(tiny_vlm: tuple[Any, Any], tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> Path:
-    model, processor = tiny_vlm
-    bases = describe_bases(tiny_llm_dir, tiny_tower_dir, processor)
-    gate: dict[str, Any] = {
-        "name": "zero − correct",
-        "value": 0.5,
-        "low": 0.4,
-        "high": 0.6,
-        "threshold": 0.05,
-        "samples": 300,
-    }
-    gate |= {"passed": True, "reason": ""}
-    return save_connector(
-        tmp_path / "connector",
-        model,
-        bases,
-        evidence={"format": 1, "gates": [gate]},
-        details={"stage": "stage1_align", "step": 7, "dtype": "float32"},
-    )
+def directory(connector: Path) -> Path:
+    return connector
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
