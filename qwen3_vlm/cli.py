@@ -24,12 +24,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEBUG_VARIABLE = "QWEN3_VLM_DEBUG"
-_COMMON_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_RARE_SUFFIXES = (".apng", ".avif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm")
-IMAGE_SUFFIXES = frozenset(_COMMON_SUFFIXES + _RARE_SUFFIXES)
 
 app = typer.Typer(
-    help="Teach a frozen text-only Qwen3 to see, by training and shipping a small add-on.",
+    help="Teach a frozen text-only Qwen3 to see and hear, by training and shipping a small add-on.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -206,12 +203,14 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
     Raises:
         DataError: a path is missing, or a folder holds no picture.
     """
+    from qwen3_vlm.data.images import IMAGE_SUFFIXES
+
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
-                known = ", ".join(_COMMON_SUFFIXES)
+                known = ", ".join(IMAGE_SUFFIXES[:8])
                 raise DataError(f"The folder {path} holds no picture: no file that ends in {known} or the like.")
             found += inside
         elif path.exists():

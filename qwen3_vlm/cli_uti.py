@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 IDS_FORMAT = 1
 DEMO_PICTURES, DEMO_SOUNDS = 16, 6  # what is audited where nothing is given
-PICTURE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm")
-)
-SOUND_SUFFIXES = frozenset((".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"))
-TEXT_SUFFIXES = frozenset((".md", ".txt"))
+TEXT_SUFFIXES = (".txt", ".md")
 MAX_TEXT_BYTES = 50_000_000
 MAX_PIXELS = 40_000_000
 
@@ -220,7 +216,10 @@ def kind_of(file: Path) -> Kind:
     Raises:
         DataError: the suffix is not known.
     """
-    suffixes = ((Kind.image, PICTURE_SUFFIXES), (Kind.audio, SOUND_SUFFIXES), (Kind.text, TEXT_SUFFIXES))
+    from qwen3_vlm.data.images import IMAGE_SUFFIXES
+    from qwen3_vlm.data.sounds import AUDIO_SUFFIXES
+
+    suffixes = ((Kind.image, IMAGE_SUFFIXES), (Kind.audio, AUDIO_SUFFIXES), (Kind.text, TEXT_SUFFIXES))
     for kind, known in suffixes:
         if file.suffix.lower() in known:
             return kind
@@ -229,12 +228,16 @@ def kind_of(file: Path) -> Kind:
 
 def read_pictures(folder: Path) -> dict[str, Any]:
     """Name → picture, for all pictures below a folder, sorted."""
-    return _read_folder(folder, PICTURE_SUFFIXES, "picture", _read_picture)
+    from qwen3_vlm.data.images import IMAGE_SUFFIXES
+
+    return _read_folder(folder, IMAGE_SUFFIXES, "picture", _read_picture)
 
 
 def read_sounds(folder: Path) -> dict[str, Any]:
     """Name → (waveform, sampling rate), for all sounds below a folder, sorted."""
-    return _read_folder(folder, SOUND_SUFFIXES, "sound", _read_sound)
+    from qwen3_vlm.data.sounds import AUDIO_SUFFIXES
+
+    return _read_folder(folder, AUDIO_SUFFIXES, "sound", _read_sound)
 
 
 def read_texts(file: Path) -> list[str]:
@@ -340,7 +343,9 @@ def _refuse_another_space(out: Path, space: "TokenSpace") -> None:
             )
 
 
-def _read_folder(folder: Path, suffixes: frozenset[str], what: str, read: Callable[[Path, str], Any]) -> dict[str, Any]:
+def _read_folder(
+    folder: Path, suffixes: tuple[str, ...], what: str, read: Callable[[Path, str], Any]
+) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"The folder {folder} does not exist; give one with {what}s in it.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())

@@ -18,6 +18,11 @@ from qwen3_vlm.errors import ImageError
 
 MAX_IMAGE_BYTES = 256 * 1024**2  # of the encoded file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")  # none that runs programs
+# Endings of their names, the usual ones first
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+    ".avif", ".jp2", ".jfif", ".apng", ".pbm", ".pgm", ".pnm", ".ppm",
+)  # fmt: skip
 EXIF_ORIENTATION = 0x0112
 # EXIF orientation → what turns the stored pixels upright (TIFF 6.0, "Orientation")
 UPRIGHT = {

@@ -19,6 +19,7 @@ from qwen3_vlm.data.captions import IMAGE_MARK, Record, open_records
 from qwen3_vlm.data.manifest import BadLine, ManifestRecord, parse_line, resolve_media
 from qwen3_vlm.data.manifest_index import index_manifest
 from qwen3_vlm.data.records import ImageRef
+from qwen3_vlm.data.sounds import AUDIO_SUFFIXES
 from qwen3_vlm.data.tar_files import IMAGE_EXTENSIONS
 from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.storage import atomic_file, atomic_write_bytes
@@ -27,7 +28,6 @@ MANIFEST_NAME = "manifest.jsonl"
 MEDIA_FOLDER = "media"  # beside the manifest: files that were inside of others
 SIDECARS = (".txt", ".caption", ".json")  # the first that a picture has is read
 MAX_SIDECAR_BYTES = 8_000_000
-AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "ogg", "opus", "oga", "aiff", "aif", "au", "caf", "w64")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "audio", "audio_path", "wav", "clip", "audio_filepath")
 TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription", "caption", "normalized_text", "label")
 ID_COLUMNS = ("id", "key", "uid", "uuid", "utterance_id")
@@ -343,7 +343,7 @@ def _find_sound(folder: Path, name: str) -> Path | None:
         if not Path(os.path.normpath(path)).is_relative_to(folder):
             continue
         path = Path(os.path.normpath(path))
-        candidates = [path, *(path.with_name(f"{path.name}.{ending}") for ending in AUDIO_EXTENSIONS)]
+        candidates = [path, *(path.with_name(path.name + suffix) for suffix in AUDIO_SUFFIXES)]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is not None:
             return found

@@ -23,6 +23,9 @@ from qwen3_vlm.errors import AudioError
 if TYPE_CHECKING:
     from soundfile import SoundFile
 
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aiff", ".aif", ".au", ".caf", ".w64",
+)  # fmt: skip
 MAX_AUDIO_BYTES = 1024**3  # of the encoded file
 MAX_VALUES = 100_000_000  # samples of all channels after decoding: 400 MB
 MAX_CHANNELS = 16

@@ -17,15 +17,16 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from qwen3_vlm.data.images import IMAGE_SUFFIXES
 from qwen3_vlm.data.json_files import decode_json
 from qwen3_vlm.data.records import MAX_RECORD_BYTES, ImageRef, Record, parse_record
 from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.storage import atomic_file
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2")
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 TEXT_EXTENSIONS = ("json", "txt")  # the first that a sample has is read
 BLOCK_BYTES = 512
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 
 
 @dataclass(slots=True)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_vlm.errors import TokenError
 from qwen3_vlm.tokenization.opening import check_agreement, check_attributes, known_types, open_third_party
 
 if TYPE_CHECKING:
     from qwen3_vlm.tokenization.uti_config import AudioConfig
 
-__all__ = ["AudioCodec", "audio_codec_types", "check_waveforms", "open_audio_codec"]
+__all__ = ["AudioCodec", "audio_codec_types", "open_audio_codec"]
 
 GROUP = "qwen3_vlm.audio_codecs"
 # type → class in audio_models, which imports torch
@@ -89,25 +88,3 @@ def open_audio_codec(config: "AudioConfig", *, download: bool = True) -> AudioCo
 def audio_codec_types() -> list[str]:
     """What `audio.type` may be on this machine."""
     return known_types(_BUILT_IN, GROUP)
-
-
-def check_waveforms(waveforms: NDArray[Any], channels: int, samples_per_frame: int) -> None:
-    """Refuse anything but a batch of float32 clips of whole frames.
-
-    Raises:
-        TokenError: reason "wrong_dtype", "wrong_shape", "short_frame" or "not_finite".
-    """
-    if not isinstance(waveforms, np.ndarray) or waveforms.dtype != np.float32:
-        found = waveforms.dtype if isinstance(waveforms, np.ndarray) else type(waveforms).__name__
-        raise TokenError(f"Sounds must be an array of float32, full scale ±1, not {found}.", "wrong_dtype")
-    if waveforms.ndim != 3 or waveforms.shape[0] == 0 or waveforms.shape[1] != channels:
-        wanted = f"(batch, {channels}, samples)"
-        raise TokenError(f"Sounds have the shape {waveforms.shape}; this codec takes {wanted}.", "wrong_shape")
-    samples = waveforms.shape[2]
-    if samples == 0 or samples % samples_per_frame:
-        raise TokenError(
-            f"A clip of {samples:,} samples is not a whole number of frames of {samples_per_frame:,}; pad it.",
-            "short_frame",
-        )
-    if not np.isfinite(waveforms).all():
-        raise TokenError("A sound holds samples that are not finite numbers.", "not_finite")

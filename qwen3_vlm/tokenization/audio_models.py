@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_vlm.errors import ConfigError, ModelError
-from qwen3_vlm.tokenization.audio_codecs import check_waveforms
+from qwen3_vlm.tokenization.adapter_inputs import check_codes, check_waveforms
 from qwen3_vlm.tokenization.exact import exact_arithmetic
-from qwen3_vlm.tokenization.image_tokenizers import check_codes
 from qwen3_vlm.tokenization.pretrained import Adapter, Loaded, ModelKind
 
 if TYPE_CHECKING:

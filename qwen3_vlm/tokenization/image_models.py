@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qwen3_vlm.errors import ConfigError, ModelError
 from qwen3_vlm.storage import read_json
+from qwen3_vlm.tokenization.adapter_inputs import check_codes, check_pixels
 from qwen3_vlm.tokenization.exact import exact_arithmetic
-from qwen3_vlm.tokenization.image_tokenizers import check_codes, check_pixels
 from qwen3_vlm.tokenization.pretrained import Adapter, Loaded, ModelKind
 
 if TYPE_CHECKING:
