@@ -14,7 +14,7 @@ COMMANDS = BOTTOM | {"data", "demo", "evaluate", "generate", "models", "serve", 
 # Room → the rooms that it may import besides itself. A module that stands alone is a room of its own.
 ALLOWED = {
     **dict.fromkeys(BOTTOM, BOTTOM),
-    "models": BOTTOM,
+    "models": BOTTOM | {"tokenization"},
     "tokenization": BOTTOM,
     "data": BOTTOM | {"tokenization"},
     "evaluate": BOTTOM | {"data", "models", "tokenization"},

@@ -39,6 +39,12 @@ def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return row, position, targets[row, position]
 
 
+def sums_by_group(losses: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Losses (S,) of groups (S,) 0 … K − 1 → their sums (K,) in float64 and counts (K,)."""
+    sums = torch.zeros(num_groups, dtype=torch.float64, device=losses.device)
+    return sums.index_add_(0, group.long(), losses.double()), torch.bincount(group.long(), minlength=num_groups)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """−log softmax(hidden @ weightᵀ)[target] per row, in fp32, without keeping the logits.
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration import Qwen3VLMConfig
+from .logit_rules import apply_logit_rules, logit_rules
 from .losses import chunked_cross_entropy, linear_cross_entropy, supervised_positions
 from .precision import WidenedLinear
 from .projector import MLPProjector
@@ -358,7 +359,7 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
         row, position, target = supervised_positions(labels.to(hidden.device))
         graded = hidden[row, position]  # (S, D)
         plain = isinstance(self.lm_head, nn.Linear) and self.lm_head.bias is None
-        if plain and not self._logit_rules():
+        if plain and not logit_rules(self.config.text_config):
             loss = linear_cross_entropy(graded, self.lm_head.weight, target)
         else:
             loss = chunked_cross_entropy(graded, self._logits, target, self.config.text_config.vocab_size)
@@ -368,17 +369,7 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
         """The head, followed by what the LLM's family does to its logits."""
         head: Any = self.lm_head
         logits = head(hidden if isinstance(head, WidenedLinear) else hidden.to(head.weight.dtype))
-        for name, value in self._logit_rules().items():
-            if name == "final_logit_softcapping":  # Gemma 2
-                logits = torch.tanh(logits / value) * value
-            else:  # Cohere multiplies, Granite divides
-                logits = logits * value if name == "logit_scale" else logits / value
-        return logits
-
-    def _logit_rules(self) -> dict[str, float]:
-        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        rules = {name: getattr(self.config.text_config, name, None) for name in names}
-        return {name: value for name, value in rules.items() if value is not None}
+        return apply_logit_rules(logits, self.config.text_config)
 
 
 def _embedding_name(model: Qwen3VLMModel) -> str:

@@ -10,6 +10,7 @@ bits can't change whatever the optimizer does.
 Shapes: B batch, T tokens, D width, V vocabulary, N new rows.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from qwen3_vlm.errors import ConfigError, ModelError
 
-from .precision import must_widen
+from .precision import WidenedLinear, must_widen
 
 __all__ = ["RowInit", "SplitEmbedding", "SplitHead", "add_rows", "fresh_rows"]
 
@@ -83,20 +84,51 @@ class SplitHead(nn.Module):
         """The base's matrix (V_base, D)."""
         return self.base.weight
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(…, D) → (…, V_base + N); −∞ at the base's padding rows."""
-        from_base: Tensor = self.base(hidden_states)
-        from_base[..., self.num_used :] = -torch.inf
-        return torch.cat([from_base, self.score_rows(hidden_states).to(from_base.dtype)], dim=-1)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        first: int = 0,
+        last: int | None = None,
+        rules: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """(…, D) → (…, V_base + N); −∞ at the base's padding rows and outside the ids `first` to `last` (excluded).
+
+        A block that has none of those ids is not multiplied, and of the new rows only those that are needed. `rules`
+        is what the base's family does to its scores.
+        """
+        base = self.weight.shape[0]
+        end = base + self.rows.shape[0]
+        last = end if last is None else last
+        used = min(last, self.num_used)
+        pieces = []
+        if first < used:
+            scores = self.base(hidden_states if isinstance(self.base, WidenedLinear) else hidden_states.to(self.dtype))
+            scores = scores if rules is None else rules(scores)
+            scores[..., :first] = -torch.inf
+            scores[..., used:] = -torch.inf
+            pieces = [scores]
+        else:
+            pieces = [self._nothing(hidden_states, base)]
+        low, high = max(first, base), max(last, base)
+        pieces.append(self._nothing(hidden_states, low - base))
+        if low < high:
+            scores = self.score_rows(hidden_states, low - base, high - base)
+            pieces.append((scores if rules is None else rules(scores)).to(pieces[0].dtype))
+        pieces.append(self._nothing(hidden_states, end - max(low, high)))
+        return torch.cat(pieces, dim=-1)
 
     def score_rows(self, hidden_states: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """(…, D) → (…, n): scores of new rows `first` to `last` (excluded) alone.
-
-        Where a grammar allows one range, nothing else has to be multiplied.
-        """
+        """(…, D) → (…, n): scores of new rows `first` to `last` (excluded) alone."""
         rows = self.rows[first:last]
-        compute = torch.float32 if must_widen(self.weight) else self.weight.dtype
-        return F.linear(hidden_states.to(compute), rows.to(compute))
+        return F.linear(hidden_states.to(self.dtype), rows.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What scores are computed in."""
+        return torch.float32 if must_widen(self.weight) else self.weight.dtype
+
+    def _nothing(self, hidden_states: Tensor, count: int) -> Tensor:
+        return hidden_states.new_full((*hidden_states.shape[:-1], count), -torch.inf, dtype=self.dtype)
 
 
 def add_rows(model: Any, embeddings: Tensor, head: Tensor | None, num_used: int) -> None:
