@@ -16,27 +16,32 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwen3_vlm.errors import AddOnError, ModelError, StorageError
-from qwen3_vlm.fingerprint import fingerprint_file
+from qwen3_vlm.errors import AddOnError, StorageError
+from qwen3_vlm.models.add_on_files import (
+    EVIDENCE,
+    base_folder,
+    check_bytes,
+    describe_files,
+    named_dtype,
+    refuse_differences,
+    tensor_findings,
+)
 from qwen3_vlm.models.bases import load_bases
 from qwen3_vlm.models.configuration import CONNECTOR_FIELDS
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 from qwen3_vlm.storage import atomic_directory, atomic_file, atomic_write_json
 from qwen3_vlm.train.connector_files import (
-    EVIDENCE,
     FORMAT,
     INFO,
     TENSORS,
-    check_bytes,
     check_shapes,
     check_template,
     find_connector,
     read_info,
     read_tensors,
-    tensor_findings,
 )
-from qwen3_vlm.train.identity import base_differences, base_folder, describe_bases, file_differences, refuse_differences
+from qwen3_vlm.train.identity import base_differences, describe_bases, file_differences
 
 
 def save_connector(
@@ -84,10 +89,7 @@ def write_connector(
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "connector": {name: getattr(model.config, name) for name in CONNECTOR_FIELDS} | _widths(model),
         **bases,
-        "files": {
-            name: {"sha256": fingerprint_file(folder / name), "bytes": (folder / name).stat().st_size}
-            for name in (TENSORS, EVIDENCE)
-        },
+        "files": describe_files(folder, (TENSORS, EVIDENCE)),
     }
     atomic_write_json(folder / INFO, info)
 
@@ -115,7 +117,7 @@ def load_connector(
     refuse_differences(directory, lines + (base_differences(info, bases) if bases is not None else []))
     tensors = read_tensors(directory, info)
     parameters = model.connector_parameters()
-    findings = tensor_findings(tensors, parameters)
+    findings = tensor_findings(tensors, parameters, "connectors")
     if findings:
         raise AddOnError(f"{Path(directory) / TENSORS} does not fit the model:\n  " + "\n  ".join(findings))
     with torch.no_grad():
@@ -156,7 +158,7 @@ def load_vlm(
     model, processor = load_bases(
         sources["llm"],
         sources["vision_tower"],
-        dtype=_dtype(dtype or info.get("dtype") or "bfloat16"),
+        dtype=named_dtype(dtype or info.get("dtype") or "bfloat16"),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         **{name: info["connector"][name] for name in CONNECTOR_FIELDS if name in info["connector"]},
@@ -203,10 +205,3 @@ def export_vlm(
 def _widths(model: Qwen3VLMForConditionalGeneration) -> dict[str, Any]:
     config: Any = model.config
     return {"vision_width": config.vision_config.hidden_size, "llm_width": config.text_config.hidden_size}
-
-
-def _dtype(name: str | torch.dtype) -> torch.dtype:
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"{name!r} is no dtype of model weights; use bfloat16 or float32.")
-    return dtype

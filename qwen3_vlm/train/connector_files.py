@@ -17,15 +17,15 @@ from transformers.activations import ACT2FN
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwen3_vlm.errors import AddOnError, TamperedFileError
-from qwen3_vlm.fingerprint import fingerprint_file, fingerprint_text, resolve_folder
+from qwen3_vlm.fingerprint import fingerprint_text, resolve_folder
+from qwen3_vlm.models.add_on_files import EVIDENCE, MAX_INFO_BYTES, check_bytes, is_text, name_findings
 from qwen3_vlm.models.configuration import CONNECTOR_FIELDS
 from qwen3_vlm.models.projector import MLPProjector
 from qwen3_vlm.models.resampler import PerceiverResampler
 from qwen3_vlm.storage import read_json
 
 FORMAT = 1
-TENSORS, INFO, EVIDENCE = "connector.safetensors", "connector.json", "evidence.json"
-MAX_INFO_BYTES = 10_000_000
+TENSORS, INFO = "connector.safetensors", "connector.json"
 MAX_TEMPLATE_CHARACTERS = 100_000
 _SECTIONS = ("connector", "llm", "vision_tower", "tokenizer", "chat_template", "image_processor", "files")
 _ID_SECTIONS = ("llm", "vision_tower")
@@ -89,22 +89,17 @@ def _wrong_fields(info: Mapping[str, Any]) -> list[str]:
     bad = [name for name in _SECTIONS if not isinstance(info.get(name), dict)]
     if bad:
         return bad
-    bad += [f"{name}.id" for name in _ID_SECTIONS if not _is_text(info[name].get("id"))]
+    bad += [f"{name}.id" for name in _ID_SECTIONS if not is_text(info[name].get("id"))]
     bad += [
         f"{name}.fingerprint" for name in _FINGERPRINT_SECTIONS if not isinstance(info[name].get("fingerprint"), dict)
     ]
-    if not _is_text(info["chat_template"].get("text")):
+    if not is_text(info["chat_template"].get("text")):
         bad.append("chat_template.text")
     if not isinstance(info.get("dtype", ""), str):
         bad.append("dtype")
     return bad + [
         f"files.{name}" for name in {TENSORS, *info["files"]} if not isinstance(info["files"].get(name), dict)
     ]
-
-
-def _is_text(value: Any) -> bool:
-    """A string without the halves of characters that JSON can write and UTF-8 can't."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _wrong_sizes(sizes: Mapping[str, Any]) -> list[str]:
@@ -152,7 +147,7 @@ def check_shapes(directory: str | Path, info: Mapping[str, Any]) -> None:
     except (safetensors.SafetensorError, OSError, ValueError) as problem:
         raise TamperedFileError(f"{path} is no readable safetensors file ({problem}); fetch it again.") from problem
     expected = {name: tuple(tensor.shape) for name, tensor in expected_tensors(directory, info).items()}
-    findings = _name_findings(shapes, expected) + [
+    findings = name_findings(shapes, expected) + [
         f"{name} has shape {shapes[name]}; the model has {shape}"
         for name, shape in expected.items()
         if shapes.get(name, shape) != shape
@@ -197,45 +192,3 @@ def expected_tensors(directory: str | Path, info: Mapping[str, Any]) -> dict[str
     except (KeyError, TypeError, ValueError, RuntimeError) as problem:
         raise AddOnError(f"The sizes in {Path(directory) / INFO} do not describe a connector ({problem}).") from problem
     return dict(torch.nn.ModuleDict(parts).named_parameters())
-
-
-def check_bytes(path: Path, written: Mapping[str, Any]) -> None:
-    """Compare a file's size and checksum with those that were recorded.
-
-    Raises:
-        AddOnError: it is missing.
-        TamperedFileError: its bytes are not those that were written.
-    """
-    try:
-        size = path.stat().st_size
-        digest = fingerprint_file(path) if size == written.get("bytes") else None
-    except OSError as problem:
-        raise AddOnError(f"{path} can't be read: {problem.strerror or problem}.") from problem
-    if digest is None:
-        raise TamperedFileError(
-            f"{path} has {size:,} bytes, but {written.get('bytes')} were written; it was cut short or changed. "
-            "Fetch it again."
-        )
-    if digest != written.get("sha256"):
-        raise TamperedFileError(f"{path} was changed after it was written (its checksum differs). Fetch it again.")
-
-
-def _name_findings(names: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    missing = [f"{name} is missing" for name in expected if name not in names]
-    return missing + [f"{name} is unexpected" for name in names if name not in expected]
-
-
-def tensor_findings(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
-    """A line per way in which the tensors are not finite fp32 values for these parameters."""
-    lines = _name_findings(tensors, parameters)
-    for name, parameter in parameters.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            continue
-        if tensor.shape != parameter.shape:
-            lines.append(f"{name} has shape {tuple(tensor.shape)}; the model has {tuple(parameter.shape)}")
-        elif tensor.dtype != torch.float32:
-            lines.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; connectors are float32")
-        elif not bool(torch.isfinite(tensor).all()):
-            lines.append(f"{name} holds values that are not finite")
-    return lines

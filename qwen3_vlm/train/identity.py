@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen3_vlm.errors import BaseMismatchError, ModelError
+from qwen3_vlm.errors import ModelError
 from qwen3_vlm.fingerprint import (
     Fingerprint,
     differences,
@@ -20,6 +20,7 @@ from qwen3_vlm.fingerprint import (
     fingerprint_tokenizer,
     resolve_folder,
 )
+from qwen3_vlm.models.add_on_files import folder_differences
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 
@@ -63,16 +64,6 @@ def describe_bases(
     }
 
 
-def refuse_differences(directory: str | Path, lines: list[str]) -> None:
-    """Do nothing if there are no lines.
-
-    Raises:
-        BaseMismatchError: there are.
-    """
-    if lines:
-        raise BaseMismatchError(f"The connector {directory} was made for other bases:\n  " + "\n  ".join(lines))
-
-
 def base_differences(info: Mapping[str, Any], bases: Mapping[str, Any]) -> list[str]:
     """One line per way in which `bases` are not those that a connector was trained on."""
     labels = {"llm": "LLM", "vision_tower": "vision tower", "tokenizer": "tokenizer"}
@@ -96,28 +87,9 @@ def file_differences(info: Mapping[str, Any], sources: Mapping[str, Path | str],
     lines = []
     for section, source in sources.items():
         role: Any = section
-        try:
-            found = fingerprint_folder(source, role, trust_remote_code=trust_remote_code)
-        except ModelError:
-            if not any(Path(source).glob("*.bin")):
-                raise
-            continue
-        label = "LLM" if section == "llm" else "vision tower"
-        lines += differences(info[section].get("fingerprint") or {}, found, label)
+        expected = info[section].get("fingerprint") or {}
+        lines += folder_differences(expected, source, role, trust_remote_code=trust_remote_code)
     return lines
-
-
-def base_folder(source: str | Path, section: str, folder: Path, *, download: bool = True) -> Path:
-    """Where a base of the connector in `folder` lies; without `download`, on this machine.
-
-    Raises:
-        ModelError: it can't be had; the sentence says how to name another place.
-    """
-    try:
-        return resolve_folder(source, what=section.replace("_", " "), download=download)
-    except ModelError as problem:
-        option = "--llm" if section == "llm" else "--vision-tower"
-        raise ModelError(f"{problem} {folder} was trained on it; say where it is with {option}.") from problem
 
 
 def _fingerprint(

@@ -9,9 +9,9 @@ from typing import Any
 from qwen3_vlm.checks import Check
 from qwen3_vlm.errors import AddOnError, GateError, ModelError
 from qwen3_vlm.evaluate.gates import gate_failure, gate_figures
+from qwen3_vlm.models.add_on_files import EVIDENCE, base_folder, refuse_differences, tensor_findings
 from qwen3_vlm.storage import read_json
 from qwen3_vlm.train.connector_files import (
-    EVIDENCE,
     INFO,
     TENSORS,
     check_template,
@@ -19,9 +19,8 @@ from qwen3_vlm.train.connector_files import (
     find_connector,
     read_info,
     read_tensors,
-    tensor_findings,
 )
-from qwen3_vlm.train.identity import base_folder, file_differences, refuse_differences
+from qwen3_vlm.train.identity import file_differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def verify_connector(
     info = read_info(folder)
     check_template(folder, info)
     tensors = read_tensors(folder, info)
-    findings = tensor_findings(tensors, expected_tensors(folder, info))
+    findings = tensor_findings(tensors, expected_tensors(folder, info), "connectors")
     if findings:
         raise AddOnError(f"{folder / TENSORS} is not the connector that {INFO} describes:\n  " + "\n  ".join(findings))
     count = sum(tensor.numel() for tensor in tensors.values())
