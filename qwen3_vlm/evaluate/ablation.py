@@ -37,8 +37,7 @@ from qwen3_vlm.evaluate.batches import (
     num_rows,
     select,
 )
-from qwen3_vlm.evaluate.gates import gate_failure
-from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio, wilson_interval
+from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold, compare_conditions, finite
 from qwen3_vlm.evaluate.metrics import row_losses
 from qwen3_vlm.evaluate.shuffling import derangement, exchange_groups
 from qwen3_vlm.models.losses import IGNORE_INDEX
@@ -47,106 +46,29 @@ CONDITIONS = ("correct", "shuffled", "zero", "noise")
 
 
 @dataclass(frozen=True)
-class Gap:
-    """How much worse the answers get, in nats per token, when the pictures are replaced."""
-
-    interval: Interval  # loss(condition) − loss(correct), paired bootstrap
-    win_rate: Interval  # share of samples that do better with their own pictures, Wilson
-    threshold: float
-    samples: int
-
-    @property
-    def passed(self) -> bool:
-        """Enough samples, a gap of at least the threshold, and an interval clear of zero."""
-        return not self.reason
-
-    @property
-    def reason(self) -> str:
-        """Why the gate fails, as a sentence; empty when it passes."""
-        return gate_failure(self.interval.value, self.interval.low, self.threshold, self.samples)
-
-
-@dataclass(frozen=True)
-class AblationReport:
+class AblationReport(ConditionReport):
     """Per-sample losses under the four conditions, and what follows from them."""
 
-    sample_ids: tuple[str, ...]
-    token_counts: NDArray[np.int64]  # (n,)
-    loss_sums: dict[str, NDArray[np.float64]]  # condition → (n,)
     text_only: int  # samples without a picture: left out
     zero_label: int  # samples in which nothing is graded: left out
     same_picture: int  # pictures that `shuffled` could not keep from their own sample or an identical picture
-    losses: dict[str, Interval]
-    gaps: dict[str, Gap]  # shuffled, zero, noise
     embedding_std: float  # of the projected embeddings over the set, mean over dimensions
-    seed: int
-
-    @property
-    def samples(self) -> int:
-        """Samples that were graded."""
-        return len(self.sample_ids)
-
-    @property
-    def passed(self) -> bool:
-        """All three gates pass."""
-        return all(gap.passed for gap in self.gaps.values())
 
     @property
     def order(self) -> dict[str, bool]:
         """The order a reading model shows; information beside the gates."""
-        loss = {name: interval.value for name, interval in self.losses.items()}
         return {
-            "correct < shuffled": loss["correct"] < loss["shuffled"],
-            "shuffled < zero": loss["shuffled"] < loss["zero"],
-            "shuffled < noise": loss["shuffled"] < loss["noise"],
+            "correct < shuffled": self.is_below("correct", "shuffled"),
+            "shuffled < zero": self.is_below("shuffled", "zero"),
+            "shuffled < noise": self.is_below("shuffled", "noise"),
         }
 
-    def failures(self) -> list[str]:
-        """One sentence per gate that fails."""
-        return [f"Gate {name}: {gap.reason}" for name, gap in self.gaps.items() if not gap.passed]
-
-    def gates(self) -> list[dict[str, Any]]:
-        """The `gates` of evidence.json."""
-        return [
-            {
-                "name": f"{name} - correct",
-                **_json_interval(gap.interval),
-                "threshold": gap.threshold,
-                "samples": gap.samples,
-                "win_rate": gap.win_rate.value,
-                "win_rate_low": gap.win_rate.low,
-                "win_rate_high": gap.win_rate.high,
-                "passed": gap.passed,
-                "reason": gap.reason,
-            }
-            for name, gap in self.gaps.items()
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `ablation` of evidence.json."""
+    def details(self) -> dict[str, Any]:
         return {
-            "passed": self.passed,
-            "samples": self.samples,
-            "tokens": int(self.token_counts.sum()),
-            "losses": {name: _json_interval(interval) for name, interval in self.losses.items()},
-            "order": self.order,
             "text_only": self.text_only,
             "zero_label": self.zero_label,
             "same_picture": self.same_picture,
-            "embedding_std": _finite(self.embedding_std),
-            "seed": self.seed,
-            "gates": self.gates(),
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """Flat, for a line of metrics.jsonl."""
-        return {
-            "passed": self.passed,
-            "samples": self.samples,
-            **{f"loss_{name}": _finite(interval.value) for name, interval in self.losses.items()},
-            **{f"gap_{name}": _finite(gap.interval.value) for name, gap in self.gaps.items()},
-            **{f"gap_{name}_low": _finite(gap.interval.low) for name, gap in self.gaps.items()},
-            **{f"gap_{name}_high": _finite(gap.interval.high) for name, gap in self.gaps.items()},
+            "embedding_std": finite(self.embedding_std),
         }
 
 
@@ -292,17 +214,12 @@ def _summarise(
     config: EvalConfig,
     seed: int,
 ) -> AblationReport:
-    resampling: Any = {"confidence": config.confidence, "samples": config.bootstrap_samples, "seed": seed}
-    thresholds = {"shuffled": config.min_shuffle_gap, "zero": config.min_zero_gap, "noise": config.min_noise_gap}
-    gaps = {}
-    for name, threshold in thresholds.items():
-        difference = loss_sums[name] - loss_sums["correct"]
-        gaps[name] = Gap(
-            interval=bootstrap_ratio(difference, counts, **resampling),
-            win_rate=wilson_interval(int((difference > 0).sum()), len(counts), config.confidence),
-            threshold=threshold,
-            samples=len(counts),
-        )
+    thresholds = {
+        "shuffled": Threshold(config.min_shuffle_gap),
+        "zero": Threshold(config.min_zero_gap),
+        "noise": Threshold(config.min_noise_gap),
+    }
+    losses, gaps = compare_conditions(loss_sums, counts, thresholds, config, seed)
     kept_own = [
         collected.owners[source] == collected.owners[index] or collected.digests[source] == collected.digests[index]
         for index, source in enumerate(sources)
@@ -314,16 +231,8 @@ def _summarise(
         text_only=collected.text_only,
         zero_label=collected.zero_label,
         same_picture=sum(kept_own),
-        losses={name: bootstrap_ratio(sums, counts, **resampling) for name, sums in loss_sums.items()},
+        losses=losses,
         gaps=gaps,
         embedding_std=float(std.mean()),
         seed=seed,
     )
-
-
-def _json_interval(interval: Interval) -> dict[str, float | None]:
-    return {name: _finite(value) for name, value in interval.to_dict().items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from qwen3_vlm.config import EvalConfig
 from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.errors import DataError
-from qwen3_vlm.evaluate.ablation import AblationReport, Gap, embedding_statistics, run_ablation
+from qwen3_vlm.evaluate.ablation import AblationReport, embedding_statistics, run_ablation
+from qwen3_vlm.evaluate.conditions import Gap
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio
 from tests.evaluate.helpers import make_batches, make_records
 
