@@ -203,9 +203,25 @@ def prompt_ids(token_space: TokenSpace, task: str, ids: Mapping[str, npt.NDArray
     source = _content(token_space, wanted.source, ids)
     if wanted.noise_rate:
         source = replace_ids(token_space, wanted.source, source, wanted.noise_rate, f"{task}\0{noise_key}")
+    around = unconditional_prompt(token_space, task)
+    return np.concatenate([around[:1], source, around[1:]])
+
+
+def unconditional_prompt(token_space: TokenSpace, task: str) -> Ids:
+    """The prompt of a task with nothing in its source: its boundaries alone.
+
+        <|text_start|> <|text_end|>  <|gen_img|>  <|img_start|>        t2i
+
+    What guidance compares a prompt with, and what an "empty" prompt of an ablation is. No training example looks
+    like it: `build_sequence` refuses an empty source.
+
+    Raises:
+        TokenError: there is no such task.
+    """
+    wanted = sequence_format(task)
     before, after = BOUNDARIES[wanted.source], BOUNDARIES[wanted.target]
-    start, *rest = (token_space.special(name) for name in (before.start, before.end, after.gen, after.start))
-    return np.concatenate([np.array([start], dtype=np.int32), source, np.array(rest, dtype=np.int32)])
+    names = (before.start, before.end, after.gen, after.start)
+    return np.array([token_space.special(name) for name in names], dtype=np.int32)
 
 
 def sequence_lengths(task: str, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

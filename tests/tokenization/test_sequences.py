@@ -19,6 +19,7 @@ from qwen3_vlm.tokenization.sequences import (
     replace_ids,
     sequence_lengths,
     task_names,
+    unconditional_prompt,
 )
 from qwen3_vlm.tokenization.token_space import AudioIdentity, ImageIdentity, TextIdentity, TokenSpace
 
@@ -53,6 +54,7 @@ def test_each_task_by_hand(task: str) -> None:
     assert sequence.input_ids.dtype == sequence.labels.dtype == np.int32
     assert prompt_ids(SPACE, task, IDS).tolist() == prompt
     assert sequence.num_label_tokens == len(learnt)
+    assert unconditional_prompt(SPACE, task).tolist() == [prompt[0], *prompt[-3:]]
 
 
 def test_spans_by_hand() -> None:
