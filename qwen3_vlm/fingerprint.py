@@ -116,8 +116,12 @@ def fingerprint_module(module: "torch.nn.Module", role: Role, config: Mapping[st
     `config` is the module's own `config.to_dict()` unless given.
     """
     values = config if config is not None else module.config.to_dict()  # type: ignore[union-attr,operator]
-    tensors = {name: _sample_tensor(tensor) for name, tensor in module.state_dict().items()}
-    return _base_fingerprint(values, tensors, role)
+    return fingerprint_tensors(module.state_dict(), role, values)
+
+
+def fingerprint_tensors(tensors: Mapping[str, "torch.Tensor"], role: Role, config: Mapping[str, Any]) -> Fingerprint:
+    """`fingerprint_module` of tensors by the names that they have in a base's files."""
+    return _base_fingerprint(config, {name: _sample_tensor(tensor) for name, tensor in tensors.items()}, role)
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> Fingerprint:

@@ -105,16 +105,14 @@ def folder_differences(
     return differences(expected, found, _LABELS[role])
 
 
-def refuse_differences(
-    directory: str | Path, lines: list[str], *, made: str = "The connector", of: str = "bases"
-) -> None:
+def refuse_differences(directory: str | Path, lines: list[str]) -> None:
     """Do nothing if there are no lines.
 
     Raises:
         BaseMismatchError: there are.
     """
     if lines:
-        raise BaseMismatchError(f"{made} {directory} was made for other {of}:\n  " + "\n  ".join(lines))
+        raise BaseMismatchError(f"The add-on {directory} was made for another base:\n  " + "\n  ".join(lines))
 
 
 def base_folder(source: str | Path, section: str, folder: Path, *, download: bool = True) -> Path:

@@ -42,7 +42,7 @@ def load_bases(
     Raises:
         ModelError: a base can't be found, is of the wrong kind, or lacks tensors.
     """
-    text_model = _load(AutoModelForCausalLM, llm, dtype, attn_implementation, trust_remote_code)
+    text_model = load_strictly(AutoModelForCausalLM, llm, dtype, attn_implementation, trust_remote_code)
     tower = load_tower(vision_tower, dtype=dtype, attn_implementation=attn_implementation)
     try:
         processor = Qwen3VLMProcessor.from_bases(
@@ -64,7 +64,7 @@ def load_tower(vision_tower: str | Path, *, dtype: torch.dtype, attn_implementat
             f"{vision_tower} holds a {config.model_type!r} model; the vision tower must be SigLIP or SigLIP2."
         )
     config.vision_use_head = False
-    return _load(AutoModel, vision_tower, dtype, attn_implementation, trust_remote_code=False, config=config)
+    return load_strictly(AutoModel, vision_tower, dtype, attn_implementation, trust_remote_code=False, config=config)
 
 
 def join(text_model: Any, tower: Any, *, image_token_id: int, **connector: Any) -> Qwen3VLMForConditionalGeneration:
@@ -112,7 +112,7 @@ def _config(name: str | Path) -> PreTrainedConfig:
         ) from error
 
 
-def _load(
+def load_strictly(
     auto_class: Any,
     name: str | Path,
     dtype: torch.dtype,
@@ -120,6 +120,11 @@ def _load(
     trust_remote_code: bool,
     **kwargs: Any,
 ) -> Any:
+    """What an auto class makes of a folder or hub id, all of it.
+
+    Raises:
+        ModelError: it can't be loaded, or lacks tensors that its config promises.
+    """
     try:
         with _quiet_report():
             model, info = auto_class.from_pretrained(

@@ -1,0 +1,400 @@
+"""The trainable-rows folder: write it, read it with suspicion, load it with its base.
+
+    trainable_rows.pt                       the rows: a plain dict of tensors and numbers (`row_tensors`)
+    trainable_rows.json                     which rows of what they are; identity of the base; checksums
+    token_space.json, token_space.sha256    what the ids mean
+    uti.yaml                                the tokenizers behind them
+    evidence.json                           gates and figures
+
+`row_start` is the base's number of embedding rows, `row_end` the size of the whole vocabulary: one beyond the last row.
+Rows of another base, another token space or another range, changed files, pickles with anything but such rows in
+them, and missing, misshapen or non-finite tensors are each refused with a line per finding.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwen3_vlm.errors import AddOnError, ConfigError, ModelError, TamperedFileError
+from qwen3_vlm.fingerprint import (
+    Fingerprint,
+    differences,
+    fingerprint_folder,
+    fingerprint_tensors,
+    fingerprint_tokenizer,
+    resolve_folder,
+)
+from qwen3_vlm.models.add_on_files import (
+    EVIDENCE,
+    MAX_INFO_BYTES,
+    base_folder,
+    check_bytes,
+    describe_files,
+    folder_differences,
+    is_text,
+    named_dtype,
+    refuse_differences,
+    tensor_findings,
+)
+from qwen3_vlm.models.bases import load_strictly
+from qwen3_vlm.models.row_tensors import DTYPE, ROW_NAMES, read_layout, read_row_tensors, write_row_tensors
+from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.models.vocabulary_rows import SplitEmbedding
+from qwen3_vlm.storage import atomic_directory, atomic_write_bytes, atomic_write_json, read_bytes, read_json
+from qwen3_vlm.tokenization.strict_json import tree_differences
+from qwen3_vlm.tokenization.token_space import FILE_NAME, HASH_NAME, MAX_IDS, TokenSpace
+from qwen3_vlm.tokenization.uti_config import CONFIG_NAME
+
+__all__ = [
+    "ROWS_INFO",
+    "ROWS_TENSORS",
+    "check_layout",
+    "describe_base",
+    "find_rows",
+    "load_rows",
+    "load_token_lm",
+    "read_rows",
+    "read_rows_info",
+    "require_base_files",
+    "save_rows",
+    "write_rows",
+]
+
+FORMAT = 1
+ROWS_TENSORS, ROWS_INFO = "trainable_rows.pt", "trainable_rows.json"
+MAX_UTI_BYTES = 1_000_000
+MAX_WIDTH = 262_144
+_REQUIRED_FILES = (ROWS_TENSORS, EVIDENCE, FILE_NAME, HASH_NAME)
+_FILES = (*_REQUIRED_FILES, CONFIG_NAME)
+_NUMBERS = {"row_start": MAX_IDS, "row_end": MAX_IDS + 1, "width": MAX_WIDTH}
+
+
+def describe_base(
+    llm: str | Path, tokenizer: Any = None, *, model: TokenLM | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The part of trainable_rows.json that says what the rows belong to.
+
+    Args:
+        llm: hub id or folder of the base.
+        tokenizer: the base's; None loads it from `llm`.
+        model: the base with its rows, fingerprinted in memory if the base's folder has no safetensors.
+
+    Raises:
+        ModelError: the base or its tokenizer can't be read.
+    """
+    folder = resolve_folder(llm, what="llm")
+    tokenizer = _tokenizer(folder, trust_remote_code) if tokenizer is None else tokenizer
+    return {
+        "base_llm": str(llm),
+        "base_fingerprint": _fingerprint(folder, model, trust_remote_code),
+        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
+    }
+
+
+def save_rows(
+    directory: str | Path,
+    model: TokenLM,
+    base: Mapping[str, Any],
+    *,
+    uti: str | Path | None,
+    tensors: Mapping[str, Tensor] | None = None,
+    evidence: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a whole trainable-rows folder, or nothing.
+
+    Args:
+        base: from `describe_base`.
+        uti: the uti.yaml behind the token space, or a folder with it; copied as it is. None: there is none.
+        tensors: the rows, named as in `TokenLM.row_parameters`, where `model` holds but a shard of them.
+        evidence: content of evidence.json.
+        details: further keys of trainable_rows.json, such as stage, step, seed and package versions.
+
+    Raises:
+        StorageError: the disk is full or can't be written; a folder that was there is unchanged.
+        ModelError: `base` has another tokenizer than the token space.
+    """
+    with atomic_directory(directory) as folder:
+        write_rows(folder, model, base, uti=uti, tensors=tensors, evidence=evidence, details=details)
+    return Path(directory)
+
+
+def write_rows(
+    folder: Path,
+    model: TokenLM,
+    base: Mapping[str, Any],
+    *,
+    uti: str | Path | None,
+    tensors: Mapping[str, Tensor] | None = None,
+    evidence: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """The files of `save_rows` in a folder whose atomicity is the caller's."""
+    space = model.token_space
+    found = base["tokenizer_fingerprint"]["sha256"]
+    if found != space.text.tokenizer_sha256:
+        raise ModelError(
+            f"The tokenizer of {base['base_llm']} is not the one that the token space was built with (sha256 "
+            f"{found[:12]}…, {space.text.tokenizer_sha256[:12]}… is needed), so text ids would mean something else."
+        )
+    rows = dict(tensors if tensors is not None else model.row_parameters())
+    first, end = space.text.vocab_size, space.vocab_size_total
+    write_row_tensors(folder / ROWS_TENSORS, rows, first, end, base["base_llm"])
+    atomic_write_json(folder / EVIDENCE, dict(evidence or {"format": 1, "gates": []}))
+    space.save(folder)
+    if uti is not None:
+        atomic_write_bytes(folder / CONFIG_NAME, _uti_bytes(Path(uti)))
+    info = {
+        "format": FORMAT,
+        **(details or {}),
+        "row_start": first,
+        "row_end": end,
+        "width": rows["embeddings"].shape[1],
+        "has_lm_head": "lm_head" in rows,
+        "parameters": sum(tensor.numel() for tensor in rows.values()),
+        "dtype": DTYPE,
+        "base_dtype": str(model.dtype).removeprefix("torch."),
+        **base,
+        "token_space_sha256": space.sha256,
+        "files": describe_files(folder, [name for name in _FILES if (folder / name).is_file()]),
+    }
+    atomic_write_json(folder / ROWS_INFO, info)
+
+
+def find_rows(source: str | Path) -> Path:
+    """A trainable-rows folder: a local one, or the files of a hub id.
+
+    Raises:
+        ModelError: it can't be had.
+    """
+    return resolve_folder(
+        source,
+        what="add-on",
+        patterns=("trainable_rows.*", "token_space.*", CONFIG_NAME, EVIDENCE),
+        required=(ROWS_INFO, *_REQUIRED_FILES),
+    )
+
+
+def read_rows_info(directory: str | Path) -> dict[str, Any]:
+    """trainable_rows.json, checked for its format and the type of what it holds.
+
+    The token space, uti.yaml and evidence.json beside it are those it was written with; rows are left to `read_rows`.
+
+    Raises:
+        AddOnError: this is no trainable-rows folder, one of another format, or it contradicts itself.
+        TamperedFileError: a file is not the one that was written.
+        TokenSpaceError: token_space.json is not valid.
+    """
+    folder = Path(directory)
+    if not (folder / ROWS_INFO).is_file():
+        raise AddOnError(f"{folder} is no trainable-rows folder: it has no {ROWS_INFO}.")
+    info = read_json(folder / ROWS_INFO, error=AddOnError, max_bytes=MAX_INFO_BYTES)
+    if info.get("format") != FORMAT:
+        raise AddOnError(f"{folder / ROWS_INFO} has format {info.get('format')!r}; this version reads format {FORMAT}.")
+    bad = _wrong_fields(info)
+    if bad:
+        raise AddOnError(
+            f"{folder / ROWS_INFO} has no usable {', '.join(bad)}; it was not written by this package or was changed."
+        )
+    for name, written in info["files"].items():
+        if name != ROWS_TENSORS:
+            check_bytes(folder / name, written)
+    space = TokenSpace.load(folder)
+    if space.sha256 != info["token_space_sha256"]:
+        raise TamperedFileError(f"{folder / FILE_NAME} is not the token space that {ROWS_INFO} was written with.")
+    lines = _contradictions(info, space)
+    if lines:
+        raise AddOnError(f"{folder / ROWS_INFO} contradicts {FILE_NAME} beside it:\n  " + "\n  ".join(lines))
+    return info
+
+
+def check_layout(directory: str | Path, info: Mapping[str, Any]) -> None:
+    """Compare the file of rows with its checksum, and what it says it holds with trainable_rows.json; reads no tensor.
+
+    Raises:
+        AddOnError: it is missing, holds something else than rows, or other rows; a line per finding.
+        TamperedFileError: its bytes are not those that were written.
+    """
+    path = Path(directory) / ROWS_TENSORS
+    check_bytes(path, info["files"][ROWS_TENSORS])
+    layout = read_layout(path)
+    shape = (info["row_end"] - info["row_start"], info["width"])
+    expected = dict.fromkeys(ROW_NAMES if info["has_lm_head"] else ROW_NAMES[:1], shape)
+    lines = [f"{name} is missing" for name in expected if name not in layout.shapes]
+    lines += [f"{name} is unexpected" for name in layout.shapes if name not in expected]
+    lines += [
+        f"{name} has shape {found}; {ROWS_INFO} describes {shape}"
+        for name, found in layout.shapes.items()
+        if name in expected and found != shape
+    ]
+    lines += [
+        f"{key}: {getattr(layout, key)!r} in {ROWS_TENSORS}, {info[key]!r} in {ROWS_INFO}"
+        for key in ("row_start", "row_end", "base_llm", "dtype")
+        if getattr(layout, key) != info[key]
+    ]
+    if lines:
+        raise AddOnError(f"{path} does not hold the rows that {ROWS_INFO} describes:\n  " + "\n  ".join(lines))
+
+
+def read_rows(directory: str | Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The rows by name, (N, D) fp32 each and all finite.
+
+    Args:
+        info: from `read_rows_info`.
+
+    Raises:
+        AddOnError, TamperedFileError: see `check_layout`.
+    """
+    check_layout(directory, info)
+    path = Path(directory) / ROWS_TENSORS
+    tensors = read_row_tensors(path)
+    findings = tensor_findings(tensors, tensors, "rows")
+    if findings:
+        raise AddOnError(f"{path} can't be used:\n  " + "\n  ".join(findings))
+    return tensors
+
+
+def load_rows(directory: str | Path, model: TokenLM, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Put saved rows into `model`, strictly, and return their trainable_rows.json.
+
+    Args:
+        base: `describe_base` of the base in `model`; None compares token space and sizes alone.
+
+    Raises:
+        AddOnError: the rows are missing, of another shape or dtype, or not finite.
+        BaseMismatchError: they were made for another base or token space; a line per difference.
+        TamperedFileError: a file is not what was written.
+    """
+    info = read_rows_info(directory)
+    lines = [
+        f"token space {line}"
+        for line in tree_differences(TokenSpace.load(directory).to_dict(), model.token_space.to_dict())
+    ]
+    here = {"width": model.embedding.embedding_dim, "has_lm_head": not model.tied}
+    lines += [
+        f"{key}: {info[key]!r} in the add-on, {value!r} here" for key, value in here.items() if info[key] != value
+    ]
+    if base is not None:
+        lines += differences(info["base_fingerprint"], base["base_fingerprint"], "LLM")
+        lines += differences(info["tokenizer_fingerprint"], base["tokenizer_fingerprint"], "tokenizer")
+    refuse_differences(directory, lines)
+    tensors = read_rows(directory, info)
+    with torch.no_grad():
+        for name, parameter in model.row_parameters().items():
+            parameter.copy_(tensors[name])
+    return info
+
+
+def load_token_lm(
+    source: str | Path,
+    llm: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> TokenLM:
+    """A trainable-rows folder (or hub id) and its base → the model in eval mode; nothing in it is trainable.
+
+    Args:
+        llm: hub id or folder of the base; None takes what trainable_rows.json names.
+        dtype: of the base ("bfloat16", "float32"); None takes the one of the training.
+
+    Raises:
+        AddOnError, BaseMismatchError, TamperedFileError: see `load_rows`.
+        ModelError: the base can't be loaded.
+    """
+    folder = find_rows(source)
+    info = read_rows_info(folder)
+    check_layout(folder, info)
+    where = require_base_files(folder, info, llm, trust_remote_code=trust_remote_code)
+    base_dtype = named_dtype(dtype or info["base_dtype"])
+    text_model = load_strictly(AutoModelForCausalLM, where, base_dtype, attn_implementation, trust_remote_code)
+    model = TokenLM.grow(text_model, TokenSpace.load(folder), init="normal")
+    load_rows(folder, model, describe_base(where, model=model, trust_remote_code=trust_remote_code))
+    model.eval().requires_grad_(False)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def require_base_files(
+    folder: Path,
+    info: Mapping[str, Any],
+    llm: str | Path | None = None,
+    *,
+    download: bool = True,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Where the base lies, whose files and tokenizer are those that the rows were trained on; no weights are loaded.
+
+    Raises:
+        ModelError: it can't be had; without `download`, is not on this machine.
+        BaseMismatchError: it is another base; a line per difference.
+    """
+    where = base_folder(llm or info["base_llm"], "llm", folder, download=download)
+    lines = folder_differences(info["base_fingerprint"], where, "llm", trust_remote_code=trust_remote_code)
+    tokenizer = fingerprint_tokenizer(_tokenizer(where, trust_remote_code))
+    refuse_differences(folder, lines + differences(info["tokenizer_fingerprint"], tokenizer, "tokenizer"))
+    return where
+
+
+def _wrong_fields(info: Mapping[str, Any]) -> list[str]:
+    """Names of what is missing or of another type or size than was written."""
+    bad = [name for name, most in _NUMBERS.items() if type(info.get(name)) is not int or not 1 <= info[name] <= most]
+    bad += [name for name in ("base_llm", "base_dtype", "dtype", "token_space_sha256") if not is_text(info.get(name))]
+    bad += [name for name in ("base_fingerprint", "tokenizer_fingerprint") if not isinstance(info.get(name), dict)]
+    if not isinstance(info.get("has_lm_head"), bool):
+        bad.append("has_lm_head")
+    files = info.get("files")
+    if not isinstance(files, dict):
+        return [*bad, "files"]
+    bad += [f"files.{name}" for name in _REQUIRED_FILES if name not in files]
+    return bad + [f"files.{name}" for name in files if name not in _FILES or not isinstance(files[name], dict)]
+
+
+def _contradictions(info: Mapping[str, Any], space: TokenSpace) -> list[str]:
+    expected = {"row_start": space.text.vocab_size, "row_end": space.vocab_size_total, "dtype": DTYPE}
+    lines = [f"{key}: {info[key]!r}, and {value!r} is right" for key, value in expected.items() if info[key] != value]
+    if info["tokenizer_fingerprint"].get("sha256") != space.text.tokenizer_sha256:
+        lines.append("tokenizer_fingerprint: it is not the tokenizer of the token space")
+    return lines
+
+
+def _uti_bytes(source: Path) -> bytes:
+    file = source / CONFIG_NAME if source.is_dir() else source
+    return read_bytes(file, MAX_UTI_BYTES, error=ConfigError)
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(f"The tokenizer of {folder} can't be loaded: {reason}") from problem
+
+
+def _fingerprint(folder: Path, model: TokenLM | None, trust_remote_code: bool) -> Fingerprint:
+    try:
+        return fingerprint_folder(folder, "llm", trust_remote_code=trust_remote_code)
+    except ModelError:
+        if model is None:
+            raise
+    return fingerprint_tensors(_base_tensors(model), "llm", model.language_model.config.to_dict())
+
+
+def _base_tensors(model: TokenLM) -> dict[str, Tensor]:
+    """The base's tensors by the names that they have in its files."""
+    trunk = model.language_model
+    tables = [name for name, module in trunk.named_modules() if isinstance(module, SplitEmbedding)]
+    tensors = dict(trunk.state_dict())
+    for name in tables:
+        del tensors[f"{name}.rows"]
+        tensors[f"{name}.weight"] = tensors.pop(f"{name}.base.weight")
+    return {f"{trunk.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()} | {
+        "lm_head.weight": model.lm_head.weight
+    }
