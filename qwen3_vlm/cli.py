@@ -230,10 +230,10 @@ def quiet_loading() -> None:
 def print_result(result: Any) -> None:
     """Where a run left its things, and how its gates went."""
     print(f"Run: {result.output_dir} (step {result.step:,})")
-    if result.connector_dir is None:
+    if result.add_on_dir is None:
         print("It was stopped and saved; the same command goes on from there.")
         return
-    print(f"Connector: {result.connector_dir}")
+    print(f"Connector: {result.add_on_dir}")
     from qwen3_vlm.evaluate.gates import describe_gate
 
     for gate in (result.evidence or {}).get("gates", []):

@@ -71,6 +71,61 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsConfig:
+    """The new vocabulary rows of a token LM."""
+
+    add_on: str | None = None  # trainable-rows directory to start from; None starts from fresh rows
+    init: Literal["mean", "normal", "zero_head"] = "mean"  # fresh rows: the base rows' mean and spread, spread alone …
+    head_learning_rate: float | None = None  # of an untied base's head rows; None: optim.learning_rate
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # coefficient of (log Z)²
+
+    def __post_init__(self) -> None:
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "must lie in 0…1")
+        require(self.z_loss >= 0, "z_loss", self.z_loss, "must be 0 or more")
+        rate = self.head_learning_rate
+        require(rate is None or rate > 0, "head_learning_rate", rate, "must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskConfig:
+    """How much of one task there is."""
+
+    weight: float = 1.0  # share of the samples, relative to the other tasks
+    loss_weight: float = 1.0  # what its losses are multiplied with
+    ramp_from: float = 0.0  # share of all steps before which the task does not come at all …
+    ramp_until: float = 0.0  # … and at which it has its full weight
+
+    def __post_init__(self) -> None:
+        require_positive(self, "weight", "loss_weight")
+        require(0 <= self.ramp_from < 1, "ramp_from", self.ramp_from, "must lie in 0…1")
+        require(self.ramp_from <= self.ramp_until <= 1, "ramp_until", self.ramp_until, "must lie in ramp_from…1")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDataConfig:
+    """Tokenized data sets, and the tasks that are made of their records."""
+
+    folders: tuple[str, ...] = ()  # of `qwen3-vlm data tokenize`, all of one token space
+    train_split: str = "train"
+    eval_split: str = "val"
+    allow_unaudited: tuple[str, ...] = ()  # names of folders that may be used without a passing audit
+    tasks: dict[str, TaskConfig] = field(default_factory=lambda: {"i2t": TaskConfig(), "a2t": TaskConfig()})
+    max_seq_len: int = 2048  # ids; what is longer is left out and counted, never cut
+    eval_max: int = 1000  # held-out records of each task that are graded
+    num_workers: int = 2  # processes that read; 0: in the training process
+    max_bad_fraction: float = 0.01  # the run stops when more of the records seen so far are bad
+
+    def __post_init__(self) -> None:
+        require(bool(self.tasks), "tasks", self.tasks, "must name at least one task")
+        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "must lie in 0…1")
+        require_positive(self, "max_seq_len", "eval_max")
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
+        starts = [task.ramp_from for task in self.tasks.values()]
+        require(min(starts) == 0, "tasks", ", ".join(self.tasks), "must have one whose ramp_from is 0, to begin with")
+
+
+@dataclass(frozen=True, slots=True)
 class OptimConfig:
     """How the trainable parameters move, and for how long."""
 
@@ -119,8 +174,14 @@ class EvalConfig:
     min_noise_gap: float = 0.05  # nats per token, noise − correct
     golden_samples: int = 64  # fixed stratified prompts decoded at every checkpoint
     golden_max_new_tokens: int = 64
+    min_token_noise_gap: float = 0.15  # of token LMs, nats per token: uniform ids of the same range − correct …
+    min_token_shuffle_gap: float = 0.10  # … the same ids in another order − correct …
+    min_noise_win_rate: float = 0.85  # … and the share of samples that do better with their own ids
+    min_shuffle_win_rate: float = 0.80
+    decode_samples: int = 64  # pictures and sounds generated per task; each must decode
 
     def __post_init__(self) -> None:
+        require_positive(self, "decode_samples")
         require_positive(self, "quick_every", "quick_samples", "batch_size", "ablation_samples")
         require_positive(self, "bootstrap_samples", "golden_samples", "golden_max_new_tokens")
         require(0 < self.confidence < 1, "confidence", self.confidence, "must lie between 0 and 1")
@@ -143,7 +204,7 @@ class SweepConfig:
 class RunConfig:
     """One training run."""
 
-    stage: Literal["stage1_align"] = "stage1_align"
+    stage: Literal["stage1_align", "stage3_rows"] = "stage1_align"
     output_dir: str = "runs/stage1_align"
     seed: int = 0
     save_every: int = 1000  # optimizer steps between checkpoints
@@ -155,11 +216,20 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    rows: RowsConfig = field(default_factory=RowsConfig)
+    tokens: TokenDataConfig = field(default_factory=TokenDataConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         require_positive(self, "save_every", "keep_checkpoints", "log_every")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in 0…2³¹−1")
+        for section in UNREAD[self.stage]:
+            if getattr(self, section) != type(getattr(self, section))():
+                raise ConfigError(f"the stage {self.stage} does not read the section {section}; leave it out.")
+
+
+# Sections that a stage has no use for: set in vain, they would be a misunderstanding.
+UNREAD: dict[str, tuple[str, ...]] = {"stage1_align": ("rows", "tokens"), "stage3_rows": ("data", "sweep")}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -276,6 +346,10 @@ def _convert(hint: Any, value: Any, key: str, source: str) -> Any:
         if value in arguments and type(value) is type(arguments[0]):
             return value
         raise ConfigError(f"{source}: {key} is {value!r}; it must be one of {', '.join(map(str, arguments))}.")
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{source}: {key} is {value!r}; it must be a mapping of names.")
+        return {str(name): _convert(arguments[1], item, f"{key}.{name}", source) for name, item in value.items()}
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(arguments[0], item, key, source) for item in items)

@@ -77,7 +77,7 @@ def test_train_prints_where_things_are(run: Run, tmp_path: Path, monkeypatch: py
     (tmp_path / "run.yaml").write_text("seed: 3")
     seen: list[Any] = []
     done = SimpleNamespace(
-        output_dir="runs/x", step=1200, connector_dir="runs/x/connector", evidence={"gates": [PASSED_GATE]}
+        output_dir="runs/x", step=1200, add_on_dir="runs/x/connector", evidence={"gates": [PASSED_GATE]}
     )
     monkeypatch.setattr("qwen3_vlm.train.train_utils.train", lambda config: seen.append(config) or done)
     status, out, _ = run("train", tmp_path / "run.yaml", "optim.learning_rate=2e-4", "output_dir=runs/x")
@@ -104,7 +104,7 @@ def test_text_only_data_train_to_the_end(run: Run, tmp_path: Path, tiny_llm_dir:
 
 def test_a_stopped_run_exits_with_0(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("")
-    stopped = SimpleNamespace(output_dir="runs/x", step=5, connector_dir=None, evidence=None)
+    stopped = SimpleNamespace(output_dir="runs/x", step=5, add_on_dir=None, evidence=None)
     monkeypatch.setattr("qwen3_vlm.train.train_utils.train", lambda config: stopped)
     status, out, _ = run("train", tmp_path / "run.yaml")
     assert (status, "goes on from there" in out) == (0, True)

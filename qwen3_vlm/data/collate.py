@@ -48,11 +48,13 @@ class Batch:
     sample_indices: tuple[int, ...] = ()
     spans: tuple[tuple[int, int, int], ...] = ()  # row, first token, end
     answer_lengths: tuple[int, ...] = ()
-    image_counts: tuple[int, ...] = ()
+    image_counts: tuple[int, ...] = ()  # pictures of each sample that the connector has to encode
     dropped_turns: tuple[int, ...] = ()
     skipped: list[SkippedRecord] = field(default_factory=list)
     num_label_tokens: int = 0
     num_tokens: int = 0  # real ones, without padding
+
+    num_media: int = 0  # pictures and sounds, as pixels or as ids
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on `device`."""
@@ -118,6 +120,7 @@ class Collator:
             skipped=list(skipped),
             num_label_tokens=int((text["labels"] != IGNORED).sum()),
             num_tokens=sum(len(loaded.sample.input_ids) for loaded in flat),
+            num_media=sum(len(loaded.sample.images) for loaded in flat),
         )
 
     def _text_inputs(self, rows: Sequence[Sequence[LoadedSample]]) -> dict[str, Tensor]:

@@ -52,8 +52,12 @@ def batch_loader(
     num_workers: int = 0,
 ) -> DataLoader[Batch]:
     """A loader that yields one Batch per micro-batch, in the given order whatever `num_workers` is."""
-    dataset = BatchDataset(records, encoder, collator, batches)
-    workers = min(num_workers, len(batches))
+    return ordered_loader(BatchDataset(records, encoder, collator, batches), num_workers)
+
+
+def ordered_loader(dataset: Any, num_workers: int) -> DataLoader[Batch]:
+    """The batches `dataset[0]`, `dataset[1]`, … in this order, made by worker processes."""
+    workers = min(num_workers, len(dataset))
     generator = torch.Generator()  # its own: making an iterator draws from it, and a resumed run must not notice
     return DataLoader(dataset, batch_size=None, collate_fn=_unchanged, num_workers=workers, generator=generator)
 

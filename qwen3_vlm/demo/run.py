@@ -58,11 +58,11 @@ def run_demo(out: Path) -> None:
     build(out / "data", DemoSizes())
     console.print("[bold]2/4[/] Stage 1: the connector learns, tower and language model stay frozen")
     result = train(demo_config(out))
-    if result.connector_dir is None:
+    if result.add_on_dir is None:
         console.print("The run was stopped; start it again and it goes on from there.")
         return
     console.print("[bold]3/4[/] Captions of pictures that training never saw")
-    scores = caption_tests(out / "data", Path(result.connector_dir))
+    scores = caption_tests(out / "data", Path(result.add_on_dir))
     _write_results(Path(result.output_dir), scores)
     console.print("[bold]4/4[/] The report")
     report = write_report(Path(result.output_dir))
@@ -72,7 +72,7 @@ def run_demo(out: Path) -> None:
     console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}", soft_wrap=True)
     _check(result.evidence, scores)
     console.print("Caption a picture of your own:", style="bold")
-    print(f"  {running_command()} caption PICTURE.png --checkpoint {result.connector_dir}")
+    print(f"  {running_command()} caption PICTURE.png --checkpoint {result.add_on_dir}")
 
 
 def running_command() -> str:

@@ -315,7 +315,7 @@ def _costs(run: RunFiles) -> list[tuple[str, str]]:
     for key, label, unit in (
         ("trainable_parameters", "trained parameters", ""),
         ("total_parameters", "parameters in all", ""),
-        ("connector_bytes", "size of the connector on disk", " bytes"),
+        ("add_on_bytes", "size of the add-on on disk", " bytes"),
         ("tokens", "tokens graded in the last evaluation", ""),
     ):
         figures.append((label, f"{final[key]:,.0f}{unit}" if is_number(final.get(key)) else None))

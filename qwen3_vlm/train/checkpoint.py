@@ -1,6 +1,6 @@
 """Training state on disk: complete or not there, and enough to go on bit for bit.
 
-A checkpoint is a connector directory (so it can be captioned with and verified as it is) plus
+A checkpoint is an add-on directory (so it can be used and verified as it is) plus
 
     optimizer.safetensors   `exp_avg/…`, `exp_avg_sq/…`, `step/…` of every trainable parameter
     state.json              step, position in the data, counters, lengths of the logs, RNG states, config
@@ -24,13 +24,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from qwen3_vlm.config import UNREAD
 from qwen3_vlm.errors import CheckpointError, Qwen3VLMError
 from qwen3_vlm.fingerprint import fingerprint_file
 from qwen3_vlm.storage import atomic_directory, atomic_file, atomic_write_json, read_json, remove_leftovers
-from qwen3_vlm.train.connector_files import INFO, TENSORS, read_info
+from qwen3_vlm.train.connector_files import TENSORS, read_info
 from qwen3_vlm.train.stages import trainable_parameters
 
-FORMAT = 1
+FORMAT = 2
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -40,6 +41,8 @@ _FREE = {
     "": {"output_dir", "save_every", "keep_checkpoints", "log_every", "tensorboard", "resume", "eval", "sweep"},
     "model": {"llm", "vision_tower", "connector", "attn_implementation", "gradient_checkpointing", "trust_remote_code"},
     "data": {"train", "eval", "image_root", "num_workers", "max_image_pixels", "max_bad_fraction", "feature_cache"},
+    "rows": {"add_on"},
+    "tokens": {"folders", "allow_unaudited", "eval_split", "eval_max", "num_workers", "max_bad_fraction"},
     "optim": {"accumulation"},
 }
 
@@ -70,26 +73,26 @@ class Checkpoints:
         step: int,
         values: Mapping[str, Any],
         optimizer_tensors: Mapping[str, Tensor],
-        write_connector: Callable[[Path], None],
+        write_add_on: Callable[[Path], None],
     ) -> Path:
         """Write one checkpoint, then remove those that are too old.
 
         Args:
-            write_connector: fills the given folder with a connector directory's files.
+            write_add_on: fills the given folder with an add-on directory's files.
 
         Raises:
             StorageError: the disk is full or can't be written; earlier checkpoints are untouched.
         """
         final = self.folder / f"step-{step:06d}"
         with atomic_directory(final) as folder:
-            write_connector(folder)
+            write_add_on(folder)
             with atomic_file(folder / OPTIMIZER) as temporary:
                 safetensors.torch.save_file(dict(optimizer_tensors), temporary)
             state = {
                 "format": FORMAT,
                 "step": step,
                 **values,
-                "files": {OPTIMIZER: fingerprint_file(folder / OPTIMIZER), INFO: fingerprint_file(folder / INFO)},
+                "files": {path.name: fingerprint_file(path) for path in sorted(folder.iterdir())},
             }
             atomic_write_json(folder / STATE, state, indent=None)
         for old in self._all()[: -self.keep]:
@@ -148,10 +151,10 @@ def require_same_run(saved: SavedState, current: Mapping[str, Any]) -> None:
 
 
 def run_identity(config: Mapping[str, Any], ranks: int, data_fingerprint: str) -> dict[str, Any]:
-    """Flat mapping of everything that decides what a run learns (bases apart: connector.json has them)."""
+    """Flat mapping of everything that decides what a run learns (bases apart: the add-on's description has them)."""
     identity = {key: value for key, value in config.items() if key not in _FREE[""] and not isinstance(value, dict)}
     for section, free in _FREE.items():
-        if section:
+        if section and section not in UNREAD[config["stage"]]:
             identity |= {f"{section}.{key}": value for key, value in config[section].items() if key not in free}
     identity["micro-batches per step (optim.accumulation × processes)"] = config["optim"]["accumulation"] * ranks
     identity["data fingerprint"] = data_fingerprint
@@ -230,9 +233,10 @@ def whole(tensor: Tensor) -> Tensor:
 def _read_checkpoint(folder: Path) -> SavedState:
     state = read_json(folder / STATE, error=CheckpointError)
     files = state.get("files")
-    if state.get("format") != FORMAT or not isinstance(state.get("step"), int) or not isinstance(files, dict):
+    if state.get("format") not in (1, FORMAT) or not isinstance(state.get("step"), int) or not isinstance(files, dict):
         raise CheckpointError(f"{folder / STATE} is not of a format that this version reads.")
-    files = files | {TENSORS: read_info(folder)["files"][TENSORS].get("sha256")}
+    if state["format"] == 1:  # it named the optimizer's file and connector.json, which names the rest
+        files = files | {TENSORS: read_info(folder)["files"][TENSORS].get("sha256")}
     for name, digest in files.items():
         try:
             found = fingerprint_file(folder / Path(name).name)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ class DataSource:
     fingerprint: str
     train_collator: Collator
     eval_collator: Collator
+
+    @property
+    def num_train(self) -> int:
+        """Records to train on."""
+        return len(self.train)
+
+    def counts(self) -> dict[str, Any]:
+        """How many samples are on either side of the split."""
+        return {"train_samples": len(self.train), "eval_samples": len(self.eval)}
 
     def unusable(self) -> list[SkippedRecord]:
         """Records that were found bad while measuring lengths; those of evaluation files come last."""

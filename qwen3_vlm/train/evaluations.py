@@ -66,7 +66,7 @@ class Evaluations:
         """Loss on everything held out, with the records that could not be used counted; empty where nothing is."""
         return self._loss(self._data.eval.indices, LossReport.of_refused(self._data.unusable_eval()))
 
-    def ablation(self) -> dict[str, Any]:
+    def gates(self) -> dict[str, Any]:
         """{"gates": …, "ablation": …} of evidence.json, and "summary" for metrics.jsonl."""
         held_out, settings = self._data.eval, self._config.eval
         spare = settings.ablation_samples // 10 + 1  # for pictures that turn out unreadable
@@ -146,7 +146,7 @@ class Evaluations:
 
 
 def _unmeasured(reason: str) -> dict[str, Any]:
-    """What `ablation` gives where there is nothing to measure."""
+    """What `gates` gives where there is nothing to measure."""
     return {"gates": [unmeasured_gate("ablation", reason)], "ablation": {"error": reason}, "summary": {"error": reason}}
 
 

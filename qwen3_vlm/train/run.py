@@ -2,11 +2,11 @@
 
 output_dir/
   config.yaml  environment.json  split.json  metrics.jsonl  skipped.jsonl  tensorboard/  cache/
-  checkpoints/step-000200/   golden/step-000200.jsonl   connector/   report.html   result.json
+  checkpoints/step-000200/   golden/   connector/ or rows/   report.html   result.json
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,21 +16,14 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from torch import Tensor
 
-from qwen3_vlm.config import ModelConfig, RunConfig, dump_yaml, to_dict
-from qwen3_vlm.data.features import FeatureCache, feature_fingerprint
-from qwen3_vlm.data.records import ImageRef
+from qwen3_vlm.config import RunConfig, dump_yaml, to_dict
 from qwen3_vlm.errors import StorageError
 from qwen3_vlm.evaluate.environment import describe_environment
 from qwen3_vlm.evaluate.report import write_report
 from qwen3_vlm.folder_lock import FolderLock
-from qwen3_vlm.models.bases import load_bases
 from qwen3_vlm.models.precision import bf16_is_fast
-from qwen3_vlm.models.processing import Qwen3VLMProcessor
-from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
-from qwen3_vlm.storage import atomic_write_json, atomic_write_text, remove_leftovers, storage_error
-from qwen3_vlm.train.add_ons import save_connector, write_connector
+from qwen3_vlm.storage import atomic_directory, atomic_write_json, atomic_write_text, remove_leftovers, storage_error
 from qwen3_vlm.train.checkpoint import (
     Checkpoints,
     SavedState,
@@ -38,13 +31,11 @@ from qwen3_vlm.train.checkpoint import (
     restore_rng,
     rng_state,
     run_identity,
-    whole,
 )
-from qwen3_vlm.train.data_source import DataSource
-from qwen3_vlm.train.evaluations import Evaluations, evidence
+from qwen3_vlm.train.evaluations import evidence
+from qwen3_vlm.train.recipe import Plan, Recipe, RunData, RunEvaluations
 from qwen3_vlm.train.run_log import RunLog
-from qwen3_vlm.train.stages import Stage, trainable_parameters
-from qwen3_vlm.train.step_plan import StepPlan
+from qwen3_vlm.train.stages import Stage
 
 LONGEST_WAIT = timedelta(hours=3)  # of the other ranks while one decodes or builds a cache
 
@@ -56,15 +47,15 @@ class Run:
     config: RunConfig
     folder: Path
     accelerator: Accelerator
+    recipe: Recipe
     stage: Stage
-    model: Qwen3VLMForConditionalGeneration
+    model: Any
     wrapped: Any
     optimizer: Any
-    bases: dict[str, Any]
-    data: DataSource
-    plan: StepPlan
+    data: RunData
+    plan: Plan
     checkpoints: Checkpoints
-    evaluations: Evaluations
+    evaluations: RunEvaluations
     log: RunLog
     step: int = 0
     counters: dict[str, float] = field(default_factory=dict)  # of the whole run, and `window_…` since the last log line
@@ -123,76 +114,17 @@ def describe_run(run: Run) -> None:
         atomic_write_json(run.folder / "environment.json", describe_environment())
 
 
-def build_model(config: ModelConfig, seed: int) -> tuple[Qwen3VLMForConditionalGeneration, Qwen3VLMProcessor]:
-    """Both bases and a fresh connector; the same on every rank."""
-    torch.manual_seed(seed)
-    model, processor = load_bases(
-        config.llm,
-        config.vision_tower,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        num_latents=config.num_latents,
-        latent_dim=config.latent_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-        ff_mult=config.ff_mult,
-        projector_hidden_size=config.projector_hidden_size,
-        vision_ln=config.vision_ln,
-        initializer_range=config.initializer_range,
-    )
-    if config.gradient_checkpointing:
-        llm: Any = model.model.language_model
-        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
-        enable()
-    return model, processor
-
-
-def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.AdamW:
+def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW over what the stage trains."""
     optim = config.optim
     return torch.optim.AdamW(
-        list(trainable_parameters(model).values()),
+        groups,
         lr=optim.learning_rate,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         fused=True,
     )
-
-
-def feature_cache(
-    config: RunConfig,
-    accelerator: Accelerator,
-    model: Qwen3VLMForConditionalGeneration,
-    processor: Qwen3VLMProcessor,
-    bases: Mapping[str, Any],
-    refs: Iterable[ImageRef],
-) -> FeatureCache:
-    """The tower's outputs for these pictures on disk; the main process, which comes first, makes what is missing."""
-    tower: Any = model.model.vision_tower
-    tower.to(accelerator.device)
-    identity, settings = bases["vision_tower"]["fingerprint"]["sha256"], str(bases["image_processor"])
-    precision = str(accelerator.mixed_precision)  # of the autocast below: other rounding, other features
-    folder = str(config.data.feature_cache)
-    fingerprint = feature_fingerprint(identity, settings, str(tower.dtype), precision)
-
-    def encode(**pixels: Tensor) -> Tensor:
-        with torch.no_grad(), accelerator.autocast():
-            patches = model.encode_patches(**{name: value.to(accelerator.device) for name, value in pixels.items()})
-        return patches.to(tower.dtype)
-
-    if accelerator.is_main_process:
-        report = FeatureCache(folder, fingerprint).build(
-            refs,
-            processor.pixel_values,
-            encode,
-            max_pixels=config.data.max_image_pixels,
-            num_workers=config.data.num_workers,
-        )
-        print(f"feature cache: {report.encoded:,} pictures encoded, {report.already:,} already there", flush=True)
-    return FeatureCache(folder, fingerprint)
 
 
 def adopt_state(run: Run, saved: SavedState) -> None:
@@ -214,7 +146,7 @@ def save_checkpoint(run: Run) -> None:
         StorageError: the disk is full or can't be written; earlier checkpoints are untouched.
     """
     rng = gather_object([rng_state()]) if run.accelerator.num_processes > 1 else [rng_state()]
-    connector, moments = connector_tensors(run), optimizer_tensors(run.model, run.optimizer)
+    tensors, moments = run.recipe.tensors(run.model), optimizer_tensors(run.model, run.optimizer)
     values = {
         "identity": run_identity(to_dict(run.config), run.accelerator.num_processes, run.data.fingerprint),
         "logs": run.log.sizes(),
@@ -227,7 +159,7 @@ def save_checkpoint(run: Run) -> None:
     figures = evidence(run.step, loss=run.last_eval)
 
     def fill(folder: Path) -> None:
-        write_connector(folder, run.model, run.bases, tensors=connector, evidence=figures, details=details(run))
+        run.recipe.write(folder, run.model, tensors, figures, details(run))
 
     if run.accelerator.is_main_process:
         run.checkpoints.save(run.step, values, moments, fill)
@@ -236,12 +168,13 @@ def save_checkpoint(run: Run) -> None:
 
 
 def write_results(run: Run, loss: dict[str, Any], ablation: dict[str, Any], golden: dict[str, Any]) -> dict[str, Any]:
-    """connector/, the final line of metrics.jsonl, result.json and report.html; returns the evidence. Collective."""
+    """The add-on, the final line of metrics.jsonl, result.json and report.html; returns the evidence. Collective."""
     figures = evidence(run.step, loss=loss, ablation=ablation, golden=golden)
-    tensors = connector_tensors(run)
+    tensors = run.recipe.tensors(run.model)
     if run.accelerator.is_main_process:
-        folder = run.folder / "connector"
-        save_connector(folder, run.model, run.bases, tensors=tensors, evidence=figures, details=details(run))
+        folder = run.folder / run.recipe.add_on
+        with atomic_directory(folder) as temporary:
+            run.recipe.write(temporary, run.model, tensors, figures, details(run))
         sizes = [sum(p.numel() for p in group) for group in (tensors.values(), run.model.parameters())]
         final = {
             "loss": loss.get("loss"),
@@ -249,32 +182,26 @@ def write_results(run: Run, loss: dict[str, Any], ablation: dict[str, Any], gold
             "total_parameters": sizes[1],
             "seconds": run.counters.get("seconds"),
             "peak_memory_mib": peak_memory_mib(run.accelerator.device),
-            "connector_bytes": sum(path.stat().st_size for path in folder.iterdir()),
+            "add_on_bytes": sum(path.stat().st_size for path in folder.iterdir()),
         }
         run.log.write("final", run.step, final)
         atomic_write_json(
             run.folder / "result.json",
             {"step": run.step, "eval": loss, "evidence": figures, "config": to_dict(run.config)},
         )
-        run.log.say(f"The connector is in {folder}; the report is {write_report(run.folder)}.")
+        run.log.say(f"The {run.recipe.add_on} is in {folder}; the report is {write_report(run.folder)}.")
     run.accelerator.wait_for_everyone()
     return figures
 
 
-def connector_tensors(run: Run) -> dict[str, Tensor]:
-    """What the stage trains, whole tensors on the CPU; collective under FSDP."""
-    return {name: whole(parameter) for name, parameter in trainable_parameters(run.model).items()}
-
-
 def details(run: Run) -> dict[str, Any]:
-    """The keys of connector.json that tell where the connector comes from."""
-    samples = {"train_samples": len(run.data.train), "eval_samples": len(run.data.eval)}
+    """What the add-on's description says of where it comes from."""
     return {
         "stage": run.config.stage,
         "step": run.step,
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
-        "data": {"fingerprint": run.data.fingerprint, **samples},
+        "data": {"fingerprint": run.data.fingerprint, **run.data.counts()},
         "versions": describe_environment()["packages"],
     }
 
@@ -298,11 +225,8 @@ def judged_bad(skipped: int, seen: int, planned: int, allowed: float, settle: in
 __all__: Sequence[str] = (
     "Run",
     "adopt_state",
-    "build_model",
-    "connector_tensors",
     "describe_run",
     "details",
-    "feature_cache",
     "judged_bad",
     "make_accelerator",
     "make_optimizer",

@@ -3,7 +3,8 @@
 `apply_stage` freezes and thaws, `check_trainable` compares the result with the declaration, and
 `audit_gradients` looks after the first backward pass at what gradients really reached. Names are
 those of `model.named_parameters()` without the wrappers' prefixes; a component is the part of the
-model that a parameter lives in: vision_tower, vision_ln, resampler, projector, language_model, lm_head.
+model that a parameter lives in: vision_tower, vision_ln, resampler, projector, language_model, lm_head; new
+vocabulary rows are one of their own wherever they live.
 """
 
 import math
@@ -36,6 +37,11 @@ STAGES: dict[str, Stage] = {
         trains=("vision_ln", "resampler", "projector"),
         required=("resampler", "projector"),
         purpose="align the tower's patches with the language model's input space",
+    ),
+    "stage3_rows": Stage(
+        trains=("vocabulary_rows",),
+        required=("vocabulary_rows",),
+        purpose="learn what the new ids mean and when to say them; every row of the base stays as it is",
     ),
 }
 
@@ -161,7 +167,7 @@ def components(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(component, name without wrappers, parameter) of every parameter; a tied one comes once."""
     for name, parameter in model.named_parameters():
         bare = strip_wrappers(name)
-        yield bare.split(".", 1)[0], bare, parameter
+        yield "vocabulary_rows" if bare.endswith(".rows") else bare.split(".", 1)[0], bare, parameter
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,9 +9,11 @@ so that all ranks meet in the same gradient sync.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3_vlm.config import RunConfig
 from qwen3_vlm.data.plan import MicroBatch, plan_epoch
+from qwen3_vlm.data.task_mixture import TaskMixture, TaskSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class RankStep:
     """One optimizer step of one rank: its micro-batches, and how many forward passes every rank makes."""
 
     epoch: int
-    micro_batches: tuple[MicroBatch, ...]
+    micro_batches: tuple[Any, ...]  # in whatever form the run's data takes them
     passes: int
 
 
@@ -96,3 +98,33 @@ def plan_steps(
         ranks=ranks,
         rank=rank,
     )
+
+
+class MixtureSteps:
+    """The steps of a run over tasks: each has its own samples (see `task_mixture`), cut into micro-batches.
+
+    Args:
+        cut: a step's samples → micro-batches; the same on every rank.
+    """
+
+    BLOCK = 256  # steps that are planned together
+
+    def __init__(
+        self,
+        mixture: TaskMixture,
+        cut: Callable[[Sequence[TaskSample]], Sequence[tuple[TaskSample, ...]]],
+        *,
+        ranks: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.mixture, self._cut, self._ranks, self._rank = mixture, cut, ranks, rank
+        self.total = mixture.steps
+
+    def epochs_from(self, step: int) -> Iterator[list[RankStep]]:
+        """The steps that follow the first `step` ones, a block at a time."""
+        for start in range(step, self.total, self.BLOCK):
+            yield [self._rank_step(number) for number in range(start, min(start + self.BLOCK, self.total))]
+
+    def _rank_step(self, number: int) -> RankStep:
+        batches = self._cut(self.mixture.step(number))
+        return RankStep(0, tuple(batches[self._rank :: self._ranks]), -(-len(batches) // self._ranks))

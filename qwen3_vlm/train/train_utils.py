@@ -1,44 +1,37 @@
-"""train(config): teach a connector, on one process or many, and leave the evidence.
+"""train(config): teach an add-on, on one process or many, and leave the evidence.
 
-    build bases + fresh connector → freeze, print and check what trains → open the data → resume?
+    build bases + fresh add-on → freeze, print and check what trains → open the data → resume?
       → each optimizer step: count labels over all ranks, forward/backward per micro-batch, clip, update
-      → evaluate, dump golden answers, save → gates → connector directory, report
+      → evaluate, dump golden answers, save → gates → add-on directory, report
 
 The loss of a step is divided by the number of supervised tokens in the *whole* step, all
-micro-batches and ranks together, so splitting it differently changes nothing. Everything that a
+micro-batches and ranks together, so splitting it differently changes nothing. What is trained, and on what, is the
+recipe's business. Everything that a
 step depends on is in the config, the data and the checkpoint, so a killed run goes on bit for bit.
 """
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from qwen3_vlm.config import OptimConfig, RunConfig, to_dict
 from qwen3_vlm.data.collate import Batch
-from qwen3_vlm.errors import ConfigError, DataError, DivergenceError
+from qwen3_vlm.errors import DataError, DivergenceError
 from qwen3_vlm.folder_lock import FolderLock
-from qwen3_vlm.train.add_ons import load_connector
 from qwen3_vlm.train.checkpoint import Checkpoints, require_same_run, restore_optimizer, run_identity
-from qwen3_vlm.train.data_source import check_data_paths, empty_micro_batch, open_data
-from qwen3_vlm.train.evaluations import Evaluations
-from qwen3_vlm.train.identity import describe_bases
-from qwen3_vlm.train.packing_check import check_packing
+from qwen3_vlm.train.data_source import empty_micro_batch
+from qwen3_vlm.train.recipe import make_recipe
 from qwen3_vlm.train.run import (
     Run,
     adopt_state,
-    build_model,
     describe_run,
-    feature_cache,
     judged_bad,
     make_accelerator,
     make_optimizer,
@@ -50,18 +43,19 @@ from qwen3_vlm.train.run import (
 from qwen3_vlm.train.run_log import RunLog
 from qwen3_vlm.train.signals import StopSignals
 from qwen3_vlm.train.stages import apply_stage, audit_gradients, format_table, get_stage
-from qwen3_vlm.train.step_plan import RankStep, plan_steps
+from qwen3_vlm.train.step_plan import RankStep
+from qwen3_vlm.train.task_sums import TaskSums, task_means
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run came to. `connector_dir` and `evidence` are None if a signal stopped it before its end."""
+    """What a run came to. `add_on_dir` and `evidence` are None if a signal stopped it before its end."""
 
     output_dir: Path
     step: int
     eval: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, Any] | None = None
-    connector_dir: Path | None = None
+    add_on_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +65,7 @@ class StepTotals:
     labels: int
     tokens: int
     samples: int
-    images: int
+    media: int  # pictures and sounds
     skipped: int
     stop: bool
 
@@ -102,46 +96,33 @@ def train(config: RunConfig, *, cache_dir: Path | None = None) -> TrainResult:
 def start_run(config: RunConfig, lock: FolderLock, cache_dir: Path | None = None) -> Run:
     """Everything that a run needs, from its newest checkpoint on if there is one; `lock` then holds its folder."""
     accelerator, remark = make_accelerator(config)
-    if config.data.feature_cache and accelerator.distributed_type == DistributedType.FSDP:
-        raise ConfigError("data.feature_cache needs whole weights on each process: leave it out with FSDP, or use DDP.")
     folder = open_folder(config, accelerator, lock)
     log = RunLog(folder, active=accelerator.is_main_process, tensorboard=config.tensorboard)
+    recipe, stage = make_recipe(config, accelerator, folder), get_stage(config.stage)
 
-    check_data_paths(config.data)
-    model, processor = build_model(config.model, config.seed)
-    stage = get_stage(config.stage)
+    recipe.check()
+    model = recipe.build()
     table = apply_stage(model, stage)
     log.say("\n".join([f"{config.stage}: {stage.purpose}", format_table(table), *([remark] if remark else [])]))
-    trust = config.model.trust_remote_code
-    bases = describe_bases(config.model.llm, config.model.vision_tower, processor, model=model, trust_remote_code=trust)
-    if config.model.connector:
-        load_connector(config.model.connector, model, bases)
-
+    recipe.describe(model)
+    if recipe.start_from:
+        recipe.load(Path(recipe.start_from), model)
     with accelerator.main_process_first():
-        features = partial(feature_cache, config, accelerator, model, processor, bases)
-        data = open_data(
-            config,
-            processor,
-            folder,
-            open_features=features if config.data.feature_cache else None,
-            cache_dir=cache_dir or folder / "cache",
-            progress=accelerator.is_main_process and sys.stderr.isatty(),
-        )
+        data = recipe.open_data(model, cache_dir or folder / "cache")
     ranks, rank = accelerator.num_processes, accelerator.process_index
-    plan = plan_steps(config, data.train.tokens(), data.train.indices, ranks=ranks, rank=rank)
+    plan = recipe.plan(data, ranks=ranks, rank=rank)
 
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
     saved = checkpoints.newest(log.say)
     if saved:
         require_same_run(saved, run_identity(to_dict(config), ranks, data.fingerprint))
-        load_connector(saved.folder, model, bases)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, model))
+        recipe.load(saved.folder, model)
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(config, recipe.parameter_groups(model)))
     bare = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
-    evaluations = Evaluations(config, accelerator, bare, processor, data, folder)
-    if config.data.packing:
-        check_packing(bare)
+    evaluations = recipe.evaluations(bare, data)
+    recipe.check_model(bare)
     run = Run(
-        config, folder, accelerator, stage, bare, wrapped, optimizer, bases, data, plan, checkpoints, evaluations, log
+        config, folder, accelerator, recipe, stage, bare, wrapped, optimizer, data, plan, checkpoints, evaluations, log
     )
     if saved:
         restore_optimizer(bare, optimizer, saved)
@@ -178,17 +159,17 @@ def _train_step(run: Run, step: RankStep, batches: Sequence[Batch], stop: bool) 
     """One optimizer step and its bookkeeping."""
     totals = _agree(run, batches, stop)
     rate = learning_rate(run.step, run.plan.total, run.config.optim)
-    loss, norm = 0.0, 0.0
+    loss, norm, tasks = 0.0, 0.0, TaskSums()
     if totals.labels:
         inputs = [batch.inputs for batch in batches if batch.inputs]
         if run.accelerator.num_processes > 1:
             inputs += [empty_micro_batch()] * (step.passes - len(inputs))
-        loss = _accumulate(run, inputs, totals.labels)
-        norm = _update(run, rate, has_images=totals.images > 0)
+        loss, tasks = _accumulate(run, inputs, totals.labels)
+        norm = _update(run, rate, has_media=totals.media > 0)
     run.step += 1
     run.evaluated = False
     run.log.skip(run.step, [record for batch in batches for record in batch.skipped])
-    _account(run, totals, loss, norm, rate)
+    _account(run, totals, loss, tasks, norm, rate)
     return totals
 
 
@@ -198,37 +179,38 @@ def _agree(run: Run, batches: Sequence[Batch], stop: bool) -> StepTotals:
         sum(batch.num_label_tokens for batch in batches),
         sum(batch.num_tokens for batch in batches),
         sum(len(batch.sample_ids) for batch in batches),
-        sum(sum(batch.image_counts) for batch in batches),
+        sum(batch.num_media for batch in batches),
         sum(len(batch.skipped) for batch in batches),
         int(stop),
     ]
     summed: Any = run.accelerator.reduce(torch.tensor(counts, device=run.accelerator.device), reduction="sum")
-    labels, tokens, samples, images, skipped, stops = summed.tolist()
-    return StepTotals(labels, tokens, samples, images, skipped, stops > 0)
+    labels, tokens, samples, media, skipped, stops = summed.tolist()
+    return StepTotals(labels, tokens, samples, media, skipped, stops > 0)
 
 
-def _accumulate(run: Run, inputs: Sequence[dict[str, Tensor]], labels: int) -> float:
-    """Forward and backward of each micro-batch; returns the loss per supervised token of the step over all ranks.
+def _accumulate(run: Run, inputs: Sequence[dict[str, Tensor]], labels: int) -> tuple[float, TaskSums]:
+    """Forward and backward of each micro-batch; the loss per supervised token of the step over all ranks, and by task.
 
     DDP and FSDP average gradients over ranks, hence labels ÷ ranks.
     """
     accelerator = run.accelerator
     share = labels / accelerator.num_processes
-    total = torch.zeros((), device=accelerator.device)
+    total, tasks = torch.zeros((), device=accelerator.device), TaskSums(accelerator.device)
     for number, tensors in enumerate(inputs, start=1):
         on_device = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in tensors.items()}
         last = number == len(inputs)
         with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
-            loss = run.wrapped(**on_device, num_items_in_batch=share).loss
-            accelerator.backward(loss)
-        total += loss.detach().float()
+            outputs = run.wrapped(**on_device, num_items_in_batch=share)
+            accelerator.backward(outputs.loss)
+        total += outputs.loss.detach().float()
+        tasks.add(outputs)
     mean: Any = accelerator.reduce(total, reduction="mean")
-    return float(mean)
+    return float(mean), tasks.over_ranks(accelerator)
 
 
-def _update(run: Run, rate: float, *, has_images: bool) -> float:
+def _update(run: Run, rate: float, *, has_media: bool) -> float:
     """Audit (once), clip and step; returns the gradient norm before clipping."""
-    if not run.audited and has_images:
+    if not run.audited and has_media:
         audit_gradients(run.model, run.stage)
         run.audited = True
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
@@ -239,7 +221,7 @@ def _update(run: Run, rate: float, *, has_images: bool) -> float:
             "Lower optim.learning_rate or optim.max_grad_norm; the last checkpoint is unharmed."
         )
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return norm
@@ -259,7 +241,7 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
     return optim.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _account(run: Run, totals: StepTotals, loss: float, norm: float, rate: float) -> None:
+def _account(run: Run, totals: StepTotals, loss: float, tasks: TaskSums, norm: float, rate: float) -> None:
     """Counters, the progress line, and a line of metrics.jsonl every `log_every` steps."""
     counters, now = run.counters, time.monotonic()
     added = {
@@ -270,6 +252,7 @@ def _account(run: Run, totals: StepTotals, loss: float, norm: float, rate: float
         "window_supervised": totals.labels,
         "window_tokens": totals.tokens,
         "window_seconds": now - run.clock,
+        **tasks.counters("window_"),
     }
     for name, value in added.items():
         counters[name] = counters.get(name, 0) + value
@@ -287,6 +270,8 @@ def _account(run: Run, totals: StepTotals, loss: float, norm: float, rate: float
             "seconds": counters["seconds"],
             "peak_memory_mib": peak_memory_mib(run.accelerator.device),
             "skipped": counters["skipped"],
+            **task_means(counters, "window_"),
+            **run.recipe.figures(run.model),
         }
         run.log.write("train", run.step, line)
         counters.update(dict.fromkeys([name for name in counters if name.startswith("window_")], 0))
@@ -328,7 +313,7 @@ def _too_many_bad(run: Run) -> str:
     """The sentence that ends the run if more of the records were bad than the config allows, else nothing."""
     allowed = run.config.data.max_bad_fraction
     skipped, seen = int(run.counters["skipped"]), int(run.counters["samples"] + run.counters["skipped"])
-    if not judged_bad(skipped, seen, len(run.data.train), allowed):
+    if not judged_bad(skipped, seen, run.data.num_train, allowed):
         return ""
     return (
         f"{skipped:,} of the {seen:,} records seen so far could not be used; data.max_bad_fraction allows {allowed:g}. "
@@ -337,14 +322,14 @@ def _too_many_bad(run: Run) -> str:
 
 
 def _finish(run: Run, signals: StopSignals) -> TrainResult | None:
-    """Full evaluation, gates, golden set, connector directory, report; None if a signal came in between."""
+    """Full evaluation, gates, golden set, add-on directory, report; None if a signal came in between."""
     loss = _evaluate(run, "eval", run.evaluations.full)
     if _agree(run, [], signals.name is not None).stop:
         return None
-    ablation = run.evaluations.ablation()
-    if ablation:
-        run.log.write("ablation", run.step, ablation["summary"])
+    gates = run.evaluations.gates()
+    if gates:
+        run.log.write("ablation", run.step, gates["summary"])
     if _agree(run, [], signals.name is not None).stop:
         return None
-    evidence = write_results(run, loss, ablation, run.evaluations.golden(run.step))
-    return TrainResult(run.folder, run.step, eval=loss, evidence=evidence, connector_dir=run.folder / "connector")
+    evidence = write_results(run, loss, gates, run.evaluations.golden(run.step))
+    return TrainResult(run.folder, run.step, eval=loss, evidence=evidence, add_on_dir=run.folder / run.recipe.add_on)

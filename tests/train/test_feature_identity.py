@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qwen3_vlm.config import parse_config
-from qwen3_vlm.train.run import feature_cache
+from qwen3_vlm.train.connector_recipe import feature_cache
 
 
 def test_features_of_another_precision_are_other_features(tiny_vlm: tuple[Any, Any], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Trainer:
         ablation = {"losses": {name: {"value": value} for name, value in values.items()}, "passed": True}
         evidence: dict[str, Any] = {"eval": {"loss": loss}, "ablation": ablation}
         atomic_write_json(folder / "result.json", {"config": to_dict(config), "evidence": evidence})
-        return TrainResult(folder, 10, evidence=evidence, connector_dir=folder)
+        return TrainResult(folder, 10, evidence=evidence, add_on_dir=folder)
 
 
 @pytest.fixture
