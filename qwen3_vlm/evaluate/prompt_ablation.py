@@ -1,0 +1,118 @@
+"""Does a token LM draw or say what it is asked to? The gate on generated segments.
+
+The same targets are graded after three prompts:
+
+- correct: the record's own;
+- shuffled: that of another record, a derangement of the whole set (not of a batch) that keeps equal prompts apart;
+- empty: the source's boundaries with nothing between them.
+
+A model that follows its prompts does best after its own: loss(correct) < loss(shuffled), loss(empty).
+
+Shapes: n samples.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen3_vlm.config import EvalConfig
+from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold, compare_conditions
+from qwen3_vlm.evaluate.shuffling import derangement, exchange_groups
+from qwen3_vlm.evaluate.token_losses import Example, TokenRecord, collect_sequences, example_losses
+from qwen3_vlm.tokenization.sequences import IGNORED, TokenSequence
+from qwen3_vlm.tokenization.token_space import TokenSpace
+
+Ids = npt.NDArray[np.int32]
+THRESHOLDS = {"shuffled": Threshold(0.0), "empty": Threshold(0.0)}  # an interval clear of zero is what is asked for
+
+
+@dataclass(frozen=True)
+class PromptAblationReport(ConditionReport):
+    """Per-sample losses of one task's targets after each prompt, and what follows from them."""
+
+    task: str
+    same_prompt: int  # samples that `shuffled` could not keep from their own prompt or an equal one
+    dropped: dict[str, int]  # reason → records that the task can't be made of
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.task}: prompt "
+
+    @property
+    def order(self) -> dict[str, bool]:
+        """What a model that follows its prompt shows."""
+        return {f"correct < {other}": self.is_below("correct", other) for other in THRESHOLDS}
+
+    def details(self) -> dict[str, Any]:
+        return {"task": self.task, "same_prompt": self.same_prompt, "dropped": self.dropped}
+
+
+def run_prompt_ablation(
+    model: Any,
+    token_space: TokenSpace,
+    task: str,
+    records: Iterable[TokenRecord],
+    config: EvalConfig,
+    *,
+    seed: int = 0,
+    max_len: int | None = None,
+) -> PromptAblationReport:
+    """Grade the targets of up to `config.ablation_samples` records after their own, another's and no prompt.
+
+    Args:
+        model: a TokenLM, or what has its `token_losses`.
+        records: (id, {modality: global ids}) of held-out records; read no further than is needed.
+        max_len: what is longer is left out and counted.
+
+    Raises:
+        TokenError: there is no such task, or this token space lacks one of its modalities.
+        DataError: fewer than two samples can be made.
+    """
+    found, dropped = collect_sequences(
+        token_space, task, records, max_samples=config.ablation_samples, max_len=max_len, seed=seed
+    )
+    sources = [source_ids(sequence) for _, sequence in found]
+    groups = exchange_groups(range(len(sources)), [source.tobytes() for source in sources])
+    partners = derangement(groups, seed)
+    prompts = {
+        "correct": sources,
+        "shuffled": [sources[partner] for partner in partners],
+        "empty": [np.empty(0, np.int32)] * len(sources),
+    }
+    graded = {}
+    for condition, given in prompts.items():
+        examples = [with_source(name, own, ids) for (name, own), ids in zip(found, given, strict=True)]
+        graded[condition] = example_losses(model, token_space, examples, batch_size=config.batch_size)
+    loss_sums = {name: sums for name, (sums, _) in graded.items()}
+    counts = graded["correct"][1]
+    losses, gaps = compare_conditions(loss_sums, counts, THRESHOLDS, config, seed)
+    return PromptAblationReport(
+        sample_ids=tuple(name for name, _ in found),
+        token_counts=counts,
+        loss_sums=loss_sums,
+        losses=losses,
+        gaps=gaps,
+        seed=seed,
+        task=task,
+        same_prompt=sum(groups[partner] == group for partner, group in zip(partners, groups, strict=True)),
+        dropped=dropped,
+    )
+
+
+def source_ids(sequence: TokenSequence) -> Ids:
+    """The ids of the source segment, boundaries left out."""
+    span = sequence.span("source")
+    return sequence.input_ids[span.start : span.stop]
+
+
+def with_source(name: str, sequence: TokenSequence, source: Ids) -> Example:
+    """The sequence with another source, of any length, in the place of its own."""
+    span = sequence.span("source")
+    before, after = sequence.input_ids[: span.start], sequence.input_ids[span.stop :]
+    ungraded = np.full(span.start + len(source), IGNORED, dtype=np.int32)
+    return Example(
+        name, np.concatenate([before, source, after]), np.concatenate([ungraded, sequence.labels[span.stop :]])
+    )
