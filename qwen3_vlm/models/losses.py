@@ -1,16 +1,18 @@
-"""Cross entropy of a linear head, at supervised positions only and chunk by chunk.
+"""Cross entropy of a linear head, at supervised positions only and block by block.
 
-The head is one block (frozen or trainable), or two: a frozen base and trainable new rows, never joined.
+The head is one matrix (frozen or trainable), or two: a frozen base and trainable new rows, never joined.
 
 Over a vocabulary of 151,936 the logits of one 512-token sequence fill 311 MB in fp32, and most of
 them belong to image and prompt positions that nobody grades. Here only positions with a label
-reach the head, a chunk at a time, and where the head is frozen the gradient of the hidden states
-is formed in the same pass, so no logits outlive their chunk.
+reach the head. Frozen weights are walked through once, a block of rows at a time: each block is multiplied, takes
+part in the running log-sum-exp, and adds to the gradient of the hidden states while it is still in the cache. When
+a block raises the largest score, what was summed before is scaled down (as in FlashAttention, arXiv:2205.14135).
 
-Shapes: B batch, T tokens, S supervised tokens, D width, V vocabulary.
+Shapes: B batch, T tokens, S supervised tokens, D width, V vocabulary, N new rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .precision import matmul, matmul_transposed, must_widen
+from .precision import must_widen, widened
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 128 * 2**20  # of fp32 logits that live at one time
+CACHE_BYTES = (
+    8 * 2**20
+)  # of a frozen head's fp32 weights that a CPU multiplies at one time: read twice, so best kept near
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,48 +65,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
         compute = torch.float32 if must_widen(weight) else weight.dtype
         head = lambda chunk: F.linear(chunk.to(compute), weight.to(compute))  # noqa: E731
         return chunked_cross_entropy(hidden, head, target, weight.shape[0])
-    return _FrozenHeadCrossEntropy.apply(hidden, weight, target)
+    return _SplitCrossEntropy.apply(hidden, weight, weight[:0], target, weight.shape[0], 0.0, 0.0)
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], target: Tensor, vocab_size: int) -> Tensor:
     """Like `linear_cross_entropy` for any head (bias, soft cap, adapters): logits are recomputed in backward."""
 
     def losses(chunk: Tensor, ids: Tensor) -> Tensor:
-        return F.cross_entropy(head(chunk).float(), ids, reduction="none")
+        scores = head(chunk)
+        return F.cross_entropy(scores.to(_exact(scores)), ids, reduction="none")
 
     pieces = [
         checkpoint(losses, hidden[rows], target[rows], use_reentrant=False)
         for rows in _chunks(hidden.shape[0], vocab_size)
     ]
     return torch.cat(pieces) if pieces else hidden.sum(dim=-1).float()
-
-
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Losses and, where asked for, the gradient of each row's loss, in one pass over the chunks."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        """(S, D), (V, D), (S,) → (S,) losses in nats."""
-        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = matmul_transposed(hidden[rows], weight).float()
-            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            ids = target[rows].unsqueeze(-1)
-            losses[rows] = (log_normalizer - logits.gather(-1, ids)).squeeze(-1)
-            if gradient is not None:
-                probabilities = logits.sub_(log_normalizer).exp_()
-                probabilities.scatter_add_(-1, ids, -torch.ones_like(ids, dtype=probabilities.dtype))
-                gradient[rows] = matmul(probabilities, weight)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
-        """(S,) → (S, D): each row's stored gradient, weighted."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].unsqueeze(-1).to(gradient.dtype), None, None
 
 
 def split_cross_entropy(
@@ -152,75 +130,137 @@ def split_cross_entropy(
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
-    """Losses and the gradient of `hidden` chunk by chunk; the gradient of `rows` in backward."""
+    """Losses and the gradient of `hidden` in one pass; the gradient of `rows` in backward."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, base: Tensor, rows: Tensor, target: Tensor, used: int, smoothing: float, z: float
     ) -> Tensor:
         """(S, D), (V_base, D), (N, D), (S,) → (S,) losses in nats."""
-        block, narrow = base[:used], _as_multiplied(rows, base)
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        count = used + rows.shape[0]
-        log_normalizers = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
-        losses = torch.empty_like(log_normalizers)
+        losses = torch.empty(hidden.shape[0], dtype=_exact(hidden), device=hidden.device)
+        log_normalizers = torch.empty_like(losses)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        place = torch.where(target >= base.shape[0], target - base.shape[0] + used, target).unsqueeze(-1)
-        for part in _chunks(hidden.shape[0], count):
-            old = matmul_transposed(hidden[part], block).to(exact)
-            new = F.linear(hidden[part].to(narrow.dtype), narrow).to(exact)
-            log_z = torch.logaddexp(old.logsumexp(dim=-1), new.logsumexp(dim=-1))
-            of_target = torch.where(place[part] < used, _pick(old, place[part]), _pick(new, place[part] - used))
-            losses[part] = log_z - (1 - smoothing) * of_target.squeeze(-1) + z * log_z.square()
-            if smoothing:
-                losses[part] -= smoothing / count * (old.sum(dim=-1) + new.sum(dim=-1))
-            log_normalizers[part] = log_z
+        share = smoothing / (used + rows.shape[0])
+        total = _sum_of_weights(base[:used], rows, losses.dtype) if smoothing else None  # (D,)
+        for part in _parts(hidden, base):
+            states, ids = hidden[part].to(_multiplied_dtype(base)), target[part]
+            seen = _softmax_statistics(states, base[:used], rows, ids, base.shape[0], gradient is not None)
+            log_z = seen.peak + seen.mass.log()  # (s, 1)
+            loss = log_z - (1 - smoothing) * seen.of_target + z * log_z.square()
+            if total is not None:
+                loss -= share * (states.to(total.dtype) @ total).unsqueeze(-1)
             if gradient is not None:
-                for scores, first, weight in ((old, 0, block), (new, used, narrow)):
-                    slope = _slope(scores, log_z, place[part] - first, smoothing, count, z)
-                    piece = matmul(slope, weight)
-                    gradient[part] = piece if first == 0 else gradient[part] + piece
-        ctx.save_for_backward(hidden, rows, place, log_normalizers, *([] if gradient is None else [gradient]))
-        ctx.base, ctx.used, ctx.smoothing, ctx.z = base, used, smoothing, z
+                slope = seen.mean.mul_((1 + 2 * z * log_z) / seen.mass)
+                slope -= (1 - smoothing) * _weights_of(ids, base, rows).to(slope.dtype)
+                gradient[part] = slope if total is None else slope.sub_(share * total)
+            losses[part], log_normalizers[part] = loss.squeeze(-1), log_z.squeeze(-1)
+        ctx.save_for_backward(hidden, rows, target, log_normalizers, *([] if gradient is None else [gradient]))
+        ctx.base, ctx.smoothing, ctx.share, ctx.z = base, smoothing, share, z
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """(S,) → gradients of `hidden` (S, D) and `rows` (N, D)."""
-        hidden, rows, place, log_normalizers, *gradient = ctx.saved_tensors
-        weights = grad_outputs[0].unsqueeze(-1)
+        hidden, rows, target, log_normalizers, *gradient = ctx.saved_tensors
+        weights = grad_outputs[0].unsqueeze(-1)  # (S, 1)
         of_hidden = gradient[0] * weights.to(gradient[0].dtype) if gradient else None
-        of_rows = None
-        if ctx.needs_input_grad[2]:
-            narrow = _as_multiplied(rows, ctx.base)
-            count = ctx.used + rows.shape[0]
-            of_rows = torch.zeros(rows.shape, dtype=log_normalizers.dtype, device=rows.device)
-            for part in _chunks(hidden.shape[0], rows.shape[0]):
-                states = hidden[part].to(narrow.dtype)
-                scores = F.linear(states, narrow).to(log_normalizers.dtype)
-                slope = _slope(scores, log_normalizers[part], place[part] - ctx.used, ctx.smoothing, count, ctx.z)
-                of_rows += (slope * weights[part]).to(narrow.dtype).mT @ states
-            of_rows = of_rows.to(rows.dtype)
-        return of_hidden, None, of_rows, None, None, None, None
+        if not ctx.needs_input_grad[2]:
+            return of_hidden, None, None, None, None, None, None
+        of_rows = torch.zeros(rows.shape, dtype=log_normalizers.dtype, device=rows.device)
+        for part in _parts(hidden, ctx.base):
+            states, weight, log_z = hidden[part].to(_multiplied_dtype(ctx.base)), weights[part], log_normalizers[part]
+            factor = weight * (1 + 2 * ctx.z * log_z.unsqueeze(-1))
+            for first, block in _blocks(rows, states.dtype):
+                slope = F.linear(states, block).to(of_rows.dtype).sub_(log_z.unsqueeze(-1)).exp_().mul_(factor)
+                slope = slope.sub_(ctx.share * weight) if ctx.smoothing else slope
+                _add_product(of_rows[first : first + len(block)], slope.mT, states)
+            new = target[part] >= ctx.base.shape[0]
+            pull = (ctx.smoothing - 1) * weight[new] * states[new].to(of_rows.dtype)
+            of_rows.index_add_(0, target[part][new] - ctx.base.shape[0], pull)
+        return of_hidden, None, of_rows.to(rows.dtype), None, None, None, None
 
 
-def _as_multiplied(rows: Tensor, base: Tensor) -> Tensor:
-    """Master rows in the dtype that the base is multiplied in."""
-    return rows.to(torch.float32 if must_widen(base) else base.dtype)
+@dataclass
+class _SoftmaxStatistics:
+    """Of the scores of each position: the largest, Σ exp(score − largest), the target's, Σ exp(…) · weight."""
+
+    peak: Tensor  # (s, 1)
+    mass: Tensor  # (s, 1)
+    of_target: Tensor  # (s, 1)
+    mean: Tensor  # (s, D); empty where no gradient is wanted
 
 
-def _pick(scores: Tensor, place: Tensor) -> Tensor:
-    """Scores at `place` (S, 1); any score where that lies outside this block."""
-    return scores.gather(-1, place.clamp(0, scores.shape[-1] - 1))
+def _softmax_statistics(
+    states: Tensor, base: Tensor, rows: Tensor, target: Tensor, first_new: int, with_mean: bool
+) -> _SoftmaxStatistics:
+    """One pass over all weights, a block at a time; `states` (s, D) are in the dtype that is multiplied in."""
+    zero = states.new_zeros(len(states), 1, dtype=_exact(states))
+    seen = _SoftmaxStatistics(zero - torch.inf, zero.clone(), zero.clone(), zero.repeat(1, states.shape[1] * with_mean))
+    for start, matrix in ((0, base), (first_new, rows)):
+        for first, block in _blocks(matrix, states.dtype):
+            scores = F.linear(states, block).to(zero.dtype)
+            place = target.unsqueeze(-1) - (start + first)
+            inside = (place >= 0) & (place < len(block))
+            picked = scores.gather(-1, place.clamp(0, len(block) - 1))
+            seen.of_target = torch.where(inside, picked, seen.of_target)
+            peak = torch.maximum(seen.peak, scores.amax(dim=-1, keepdim=True))
+            shrink = (seen.peak - peak).exp_()
+            scores.sub_(peak).exp_()
+            seen.peak, seen.mass = peak, seen.mass * shrink + scores.sum(dim=-1, keepdim=True)
+            if with_mean:
+                _add_product(seen.mean.mul_(shrink), scores, block)
+    return seen
 
 
-def _slope(scores: Tensor, log_z: Tensor, place: Tensor, smoothing: float, count: int, z: float) -> Tensor:
-    """The derivative of each loss by the scores of one block, in place of the scores."""
-    slope = scores.sub_(log_z.unsqueeze(-1)).exp_().mul_((1 + 2 * z * log_z).unsqueeze(-1))
-    inside = (place >= 0) & (place < slope.shape[-1])
-    share = torch.where(inside, smoothing - 1.0, 0.0).to(slope.dtype)
-    slope.scatter_add_(-1, place.clamp(0, slope.shape[-1] - 1), share)
-    return slope.sub_(smoothing / count) if smoothing else slope
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """`to` += `left` @ `right`, in the dtype of `right`; without a product of its own where nothing is rounded."""
+    if to.dtype == right.dtype:
+        to.addmm_(left, right)
+    else:
+        to.add_(left.to(right.dtype) @ right)
+
+
+def _blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first row, some rows in `dtype`), each good until the next one is asked for."""
+    size = _block_rows(matrix)
+    for first in range(0, len(matrix), size):
+        block = matrix[first : first + size]
+        yield first, widened(block) if must_widen(block) else block.to(dtype)
+
+
+def _parts(hidden: Tensor, base: Tensor) -> list[slice]:
+    """Positions that are scored against one block at one time."""
+    return _chunks(hidden.shape[0], _block_rows(base))
+
+
+def _block_rows(matrix: Tensor) -> int:
+    limit = CACHE_BYTES if matrix.device.type == "cpu" else CHUNK_BYTES
+    return max(1, limit // (4 * matrix.shape[1]))
+
+
+def _weights_of(ids: Tensor, base: Tensor, rows: Tensor) -> Tensor:
+    """(s,) ids → (s, D) rows of the head, as they are multiplied."""
+    old = base[ids.clamp(max=base.shape[0] - 1)].to(_multiplied_dtype(base))
+    if not len(rows):
+        return old
+    new = rows[(ids - base.shape[0]).clamp(min=0)].to(old.dtype)
+    return torch.where((ids >= base.shape[0]).unsqueeze(-1), new, old)
+
+
+def _sum_of_weights(base: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """(D,): the sum of all scores of a position is its product with this."""
+    parts = [block.sum(dim=0, dtype=dtype) for matrix in (base, rows) for _, block in _blocks(matrix, base.dtype)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _multiplied_dtype(base: Tensor) -> torch.dtype:
+    """What hidden states, base and master rows are multiplied in."""
+    return torch.float32 if must_widen(base) else base.dtype
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    """What is summed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:

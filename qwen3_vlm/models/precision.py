@@ -44,10 +44,10 @@ def matmul_transposed(hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden.to(weight.dtype), weight)
     blocks = _row_blocks(weight)
     if len(blocks) == 1:
-        return F.linear(hidden.float(), _widen(weight))
+        return F.linear(hidden.float(), widened(weight))
     product = hidden.new_empty(*hidden.shape[:-1], weight.shape[0], dtype=torch.float32)
     for block in blocks:
-        product[..., block] = F.linear(hidden.float(), _widen(weight[block]))
+        product[..., block] = F.linear(hidden.float(), widened(weight[block]))
     return product
 
 
@@ -56,9 +56,9 @@ def matmul(gradient: Tensor, weight: Tensor) -> Tensor:
     if not must_widen(weight):
         return gradient.to(weight.dtype) @ weight
     blocks = _row_blocks(weight)
-    product = gradient[..., blocks[0]].float() @ _widen(weight[blocks[0]])
+    product = gradient[..., blocks[0]].float() @ widened(weight[blocks[0]])
     for block in blocks[1:]:
-        product += gradient[..., block].float() @ _widen(weight[block])
+        product += gradient[..., block].float() @ widened(weight[block])
     return product
 
 
@@ -98,7 +98,7 @@ def compute_in_fp32(module: nn.Module) -> None:
                 parameter.data = parameter.data.float()
 
 
-def _widen(block: Tensor) -> Tensor:
+def widened(block: Tensor) -> Tensor:
     """An fp32 copy in this thread's scratch memory, good until the next call."""
     scratch: Tensor | None = getattr(_scratch, "memory", None)
     if scratch is None or scratch.numel() < block.numel():

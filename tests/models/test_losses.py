@@ -19,6 +19,7 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) 
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, trainable: bool, chunk_rows: int) -> None:
     vocabulary, rows, width = 97, 23, 12
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * vocabulary * chunk_rows)
+    monkeypatch.setattr(losses, "CACHE_BYTES", 4 * width * 10)
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=trainable)

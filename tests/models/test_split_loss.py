@@ -39,8 +39,12 @@ def relative(found: Any, expected: Any) -> float:
 
 @pytest.mark.parametrize(("smoothing", "z"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
-def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, smoothing: float, z: float, chunk_rows: int) -> None:
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * (USED + NEW) * chunk_rows)
+@pytest.mark.parametrize("block_rows", [1, 13, 1000])
+def test_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, smoothing: float, z: float, chunk_rows: int, block_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "CACHE_BYTES", 4 * WIDTH * block_rows)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * block_rows * chunk_rows)
     hidden, base, rows, target = parts(37)
     weights = torch.rand(37)
     loss = split_cross_entropy(hidden, base, rows, target, num_used=USED, label_smoothing=smoothing, z_loss=z)
