@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -14,6 +15,10 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
 )
+
+from qwen3_vlm.tokenization.text import open_text
+from qwen3_vlm.tokenization.token_space import AudioIdentity, ImageIdentity, TokenSpace
+from qwen3_vlm.tokenization.uti_config import TextConfig
 
 SENTENCES = (
     "a red heart left of a small dog on a white background",
@@ -98,3 +103,26 @@ TINY_CONNECTOR = {
     "head_dim": 8,
     "projector_hidden_size": 32,
 }
+
+
+def tiny_row_space(llm: Path) -> TokenSpace:
+    """A token space over a tiny base: 2 × 3 pictures of 16 codes, sound of 3 codebooks (4, 5, 6)."""
+    text = open_text(TextConfig(tokenizer=str(llm), name="tiny-text")).identity
+    image = ImageIdentity("tiny-vq", "janus_vqvae", 16, (16, 24), (2, 3), "1" * 64)
+    audio = AudioIdentity("tiny-codec", "dac", (4, 5, 6), 16_000, 1, 320, 2.0, "2" * 64)
+    return TokenSpace.build(text, image, audio)
+
+
+def save_tiny_rows(folder: Path, llm: Path, *, seed: int = 3) -> Path:
+    """A trainable-rows folder of fresh rows behind the base in `llm`, with a gate that passed."""
+    from qwen3_vlm.models.row_files import describe_base, save_rows
+    from qwen3_vlm.models.token_lm import TokenLM
+
+    base = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    model = TokenLM.grow(base, tiny_row_space(llm), seed=seed)
+    uti = folder.with_name(f"{folder.name}-uti.yaml")
+    uti.write_text("text: {}\n", encoding="utf-8")
+    evidence = {"format": 1, "gates": [PASSED_GATE]}
+    return save_rows(
+        folder, model, describe_base(llm), uti=uti, evidence=evidence, details={"stage": "stage3_rows", "step": 7}
+    )
