@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from qwen3_vlm.config import EvalConfig
 from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold, compare_conditions
 from qwen3_vlm.evaluate.shuffling import derangement, exchange_groups
-from qwen3_vlm.evaluate.token_losses import Example, TokenRecord, collect_sequences, example_losses
-from qwen3_vlm.tokenization.sequences import IGNORED, TokenSequence
+from qwen3_vlm.evaluate.token_losses import TokenRecord, collect_sequences, sequence_losses, source_ids, with_source
 from qwen3_vlm.tokenization.token_space import TokenSpace
 
-Ids = npt.NDArray[np.int32]
 THRESHOLDS = {"shuffled": Threshold(0.0), "empty": Threshold(0.0)}  # an interval clear of zero is what is asked for
 
 
@@ -84,8 +81,8 @@ def run_prompt_ablation(
     }
     graded = {}
     for condition, given in prompts.items():
-        examples = [with_source(name, own, ids) for (name, own), ids in zip(found, given, strict=True)]
-        graded[condition] = example_losses(model, token_space, examples, batch_size=config.batch_size)
+        sequences = [with_source(own, ids) for (_, own), ids in zip(found, given, strict=True)]
+        graded[condition] = sequence_losses(model, token_space, sequences, batch_size=config.batch_size)
     loss_sums = {name: sums for name, (sums, _) in graded.items()}
     counts = graded["correct"][1]
     losses, gaps = compare_conditions(loss_sums, counts, THRESHOLDS, config, seed)
@@ -99,20 +96,4 @@ def run_prompt_ablation(
         task=task,
         same_prompt=sum(groups[partner] == group for partner, group in zip(partners, groups, strict=True)),
         dropped=dropped,
-    )
-
-
-def source_ids(sequence: TokenSequence) -> Ids:
-    """The ids of the source segment, boundaries left out."""
-    span = sequence.span("source")
-    return sequence.input_ids[span.start : span.stop]
-
-
-def with_source(name: str, sequence: TokenSequence, source: Ids) -> Example:
-    """The sequence with another source, of any length, in the place of its own."""
-    span = sequence.span("source")
-    before, after = sequence.input_ids[: span.start], sequence.input_ids[span.stop :]
-    ungraded = np.full(span.start + len(source), IGNORED, dtype=np.int32)
-    return Example(
-        name, np.concatenate([before, source, after]), np.concatenate([ungraded, sequence.labels[span.stop :]])
     )

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from qwen3_vlm.config import EvalConfig
 from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold, compare_conditions
-from qwen3_vlm.evaluate.token_losses import Example, TokenRecord, collect_sequences, example_losses
+from qwen3_vlm.evaluate.token_losses import TokenRecord, collect_sequences, sequence_losses, source_ids, with_source
 from qwen3_vlm.tokenization.sequences import TokenSequence, sequence_format
 from qwen3_vlm.tokenization.token_space import Content, TokenSpace
 
@@ -87,11 +87,11 @@ def run_token_ablation(
     )
     graded = {}
     for condition in CONDITIONS[source]:
-        examples = [replaced_example(token_space, sequence, condition, name, seed) for name, sequence in found]
-        graded[condition] = example_losses(model, token_space, examples, batch_size=config.batch_size)
+        sequences = [_replaced(token_space, own, condition, name, seed) for name, own in found]
+        graded[condition] = sequence_losses(model, token_space, sequences, batch_size=config.batch_size)
         if condition == "shuffled":
-            pairs = zip(examples, found, strict=True)
-            unchanged = sum(np.array_equal(example.input_ids, own.input_ids) for example, (_, own) in pairs)
+            pairs = zip(sequences, found, strict=True)
+            unchanged = sum(np.array_equal(sequence.input_ids, own.input_ids) for sequence, (_, own) in pairs)
     loss_sums = {name: sums for name, (sums, _) in graded.items()}
     counts = graded["correct"][1]
     losses, gaps = compare_conditions(loss_sums, counts, thresholds(config), config, seed)
@@ -116,17 +116,6 @@ def thresholds(config: EvalConfig) -> dict[str, Threshold]:
     }
 
 
-def replaced_example(token_space: TokenSpace, sequence: TokenSequence, condition: str, name: str, seed: int) -> Example:
-    """A sequence with the ids of its source replaced as `condition` says."""
-    span = sequence.span("source")
-    input_ids = sequence.input_ids.copy()
-    source = sequence_format(sequence.task).source
-    input_ids[span.start : span.stop] = replaced_ids(
-        token_space, source, sequence.input_ids[span.start : span.stop], condition, f"{seed}/{sequence.task}", name
-    )
-    return Example(name, input_ids, sequence.labels)
-
-
 def replaced_ids(
     token_space: TokenSpace, modality: Content, ids: Ids, condition: str, set_key: str, sample_key: str
 ) -> Ids:
@@ -147,6 +136,12 @@ def replaced_ids(
         "constant": lambda: np.broadcast_to(_generator(set_key).integers(first, first + size), frames.shape),
     }
     return makers[condition]().reshape(-1).astype(np.int32)
+
+
+def _replaced(token_space: TokenSpace, own: TokenSequence, condition: str, name: str, seed: int) -> TokenSequence:
+    """A sequence with the ids of its source replaced."""
+    source, set_key = sequence_format(own.task).source, f"{seed}/{own.task}"
+    return with_source(own, replaced_ids(token_space, source, source_ids(own), condition, set_key, name))
 
 
 def _new_order(frames: Ids, generator: np.random.Generator) -> npt.NDArray[np.int64]:

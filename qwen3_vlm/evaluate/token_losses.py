@@ -3,20 +3,19 @@
 Rows are padded on the right and masked, so a sequence's loss does not depend on its batch, beyond the rounding
 of the model itself.
 
-Shapes: n sequences, B rows, T tokens.
+Shapes: n sequences.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from qwen3_vlm.data.token_batches import TokenCollator
 from qwen3_vlm.errors import DataError, TokenError
-from qwen3_vlm.evaluate.batches import device_of, evaluation_mode
+from qwen3_vlm.evaluate.batches import TEXT_INPUTS, device_of, evaluation_mode, select
 from qwen3_vlm.evaluate.conditions import Counts, Sums
 from qwen3_vlm.evaluate.metrics import row_losses
 from qwen3_vlm.tokenization.sequences import IGNORED, TokenSequence, build_sequence
@@ -24,15 +23,6 @@ from qwen3_vlm.tokenization.token_space import TokenSpace
 
 Ids = npt.NDArray[np.int32]
 TokenRecord = tuple[str, Mapping[str, npt.NDArray[Any]]]  # id, and global ids by modality
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One sequence of a record, as it is graded under some condition."""
-
-    id: str
-    input_ids: Ids  # (T,)
-    labels: Ids  # (T,)
 
 
 def collect_sequences(
@@ -74,36 +64,44 @@ def collect_sequences(
     return found, dropped
 
 
-def example_losses(
-    model: Any, token_space: TokenSpace, examples: Sequence[Example], *, batch_size: int
+def sequence_losses(
+    model: Any, token_space: TokenSpace, sequences: Sequence[TokenSequence], *, batch_size: int
 ) -> tuple[Sums, Counts]:
-    """Summed nats and number of graded tokens of each example, (n,) each, in the order given.
+    """Summed nats and number of graded tokens of each sequence, (n,) each, in the order given.
 
     Args:
         model: a TokenLM, or what has its `token_losses`; its mode is put back afterwards.
     """
-    sums, counts = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
-    pad, device = token_space.special("<|pad_mm|>"), device_of(model)
+    sums, counts = np.zeros(len(sequences)), np.zeros(len(sequences), np.int64)
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
+    collator, device = TokenCollator(token_space), device_of(model)
     with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = pad_right([examples[number] for number in chosen], pad)
-            batch = {name: tensor.to(device) for name, tensor in inputs.items()}
-            sums[chosen], counts[chosen] = row_losses(model, batch)
+            batch = collator([sequences[number] for number in chosen], (), ())
+            sums[chosen], counts[chosen] = row_losses(model, select(batch.inputs, TEXT_INPUTS, device))
     return sums, counts
 
 
-def pad_right(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, (B, T) each."""
-    shape = len(examples), max(len(example.input_ids) for example in examples)
-    input_ids = np.full(shape, pad, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = example.input_ids
-        attention_mask[row, :length] = 1
-        labels[row, :length] = example.labels
-    arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+def with_source(sequence: TokenSequence, source: Ids) -> TokenSequence:
+    """The sequence with other ids, of any number, in the place of its source's own."""
+    span = sequence.span("source")
+    more = len(source) - (span.stop - span.start)
+    before = np.full(span.start + len(source), IGNORED, dtype=np.int32)
+    return replace(
+        sequence,
+        input_ids=np.concatenate([sequence.input_ids[: span.start], source, sequence.input_ids[span.stop :]]),
+        labels=np.concatenate([before, sequence.labels[span.stop :]]),
+        spans=tuple(
+            part._replace(start=part.start + more * (part.start >= span.stop), stop=part.stop + more)
+            if part.stop >= span.stop
+            else part
+            for part in sequence.spans
+        ),
+    )
+
+
+def source_ids(sequence: TokenSequence) -> Ids:
+    """The ids of the source segment, boundaries left out."""
+    span = sequence.span("source")
+    return sequence.input_ids[span.start : span.stop]
