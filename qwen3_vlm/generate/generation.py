@@ -54,7 +54,7 @@ class Segment:
     """One part of an answer, whole: what stands between its start and its end token."""
 
     modality: Content
-    ids: Ids  # (n,) global
+    ids: npt.NDArray[np.int64]  # (n,) global
 
 
 def generate_image(model: TokenLM, tokenizer: UnifiedTokenizer, text: str, **options: Any) -> Image.Image:
@@ -204,7 +204,7 @@ def split_segments(grammar: Grammar, first: Content, row: Tensor) -> list[Segmen
     """
     space = grammar.token_space
     starts = {space.special(boundary.start): modality for modality, boundary in BOUNDARIES.items()}
-    ids = row.cpu().numpy().astype(np.int32)
+    ids = row.cpu().numpy()
     segments, modality, begin = [], first, 0
     while True:
         ends = np.flatnonzero(ids[begin:] == space.special(BOUNDARIES[modality].end))
