@@ -152,7 +152,7 @@ def _check_instructions(path: Path, data: bytes) -> None:
             name = str(argument).replace(" ", ".")[:100]
             raise AddOnError(
                 f"{path} is refused: its pickle names {name}, which is neither a tensor nor a number. It may hold code "
-                "that would run when it is opened; do not open it with anything else."
+                "that runs in any program that opens it."
             )
         if opcode.name not in _OPCODES:
             raise _NotRowsError(f"its pickle uses {opcode.name}, which torch.save does not for such rows")
