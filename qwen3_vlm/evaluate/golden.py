@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -41,8 +41,11 @@ class GoldenItem:
     reference: str
     prediction: str
     exact: bool  # equal but for blanks
-    images: tuple[str, ...]  # file names, without folders
+    images: tuple[str, ...] = ()  # file names, without folders
     error: str = ""  # why there is no prediction, where a picture can't be read
+
+
+Item = TypeVar("Item", bound=GoldenItem)
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,16 @@ def dump_golden(
 
 
 def read_golden(path: str | Path) -> list[GoldenItem]:
-    """The items of a dump.
+    """The items of a dump, or of the `items.jsonl` of one that has files too (`token_golden`).
+
+    Raises:
+        DataError: the file can't be read or is not a dump; names the line.
+    """
+    return read_items(path, GoldenItem)
+
+
+def read_items(path: str | Path, kind: type[Item]) -> list[Item]:
+    """The items of a dump, each line read as `kind`; what it does not know is passed over.
 
     Raises:
         DataError: the file can't be read or is not a dump; names the line.
@@ -161,7 +173,7 @@ def read_golden(path: str | Path) -> list[GoldenItem]:
         raise DataError(f"The golden dump {path} can't be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"The golden dump {path} is not UTF-8 text.") from error
-    return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return [_parse_line(line, f"{path}:{number}", kind) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def diff_golden(a: str | Path, b: str | Path) -> GoldenDiff:
@@ -237,10 +249,11 @@ def _item(record: Record, step: int, prediction: str, error: str) -> GoldenItem:
     return GoldenItem(record.id, step, question, answer, prediction, exact, names, error)
 
 
-def _parse_line(line: str, origin: str) -> GoldenItem:
+def _parse_line(line: str, origin: str, kind: type[Item]) -> Item:
     try:
         tree = json.loads(line)
-        values = {item.name: tree[item.name] for item in fields(GoldenItem) if item.name in tree}
-        return GoldenItem(**{**values, "images": tuple(values.get("images", ()))})
+        values: dict[str, Any] = {item.name: tree[item.name] for item in fields(kind) if item.name in tree}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return kind(**values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{origin} is not a line of a golden dump ({' '.join(str(error).split())}).") from error
