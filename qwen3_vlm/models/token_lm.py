@@ -198,8 +198,8 @@ class TokenLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def token_losses(self, *, labels: Tensor, **inputs: Any) -> GradedTokens:
-        """The loss of every supervised token, for evaluation: no smoothing, no z-loss; `inputs` as in `forward`."""
-        ids = inputs.pop("input_ids")
+        """The loss of every supervised token, for evaluation: no smoothing, no weights; `inputs` as in `forward`."""
+        ids, _, _ = inputs.pop("input_ids"), inputs.pop("task_ids", None), inputs.pop("task_weights", None)
         return self._grade(self._decode(ids, None, use_cache=False, **inputs).last_hidden_state, labels)
 
     def prepare_inputs_for_generation(self, input_ids: Any, grammar: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

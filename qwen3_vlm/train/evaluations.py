@@ -154,16 +154,16 @@ def evidence(
     step: int,
     *,
     loss: dict[str, Any] | None = None,
-    ablation: dict[str, Any] | None = None,
+    gates: dict[str, Any] | None = None,
     golden: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of evidence.json."""
-    ablation = ablation or {}
+    """The content of evidence.json; `gates` from `RunEvaluations.gates`."""
+    measured = {name: value for name, value in (gates or {}).items() if name != "summary"}
     return {
         "format": 1,
         "step": step,
-        "gates": ablation.get("gates", []),
-        "ablation": ablation.get("ablation"),
+        "gates": [],
+        **measured,
         "eval": loss or None,
         "golden": golden or None,
         "environment": describe_environment(),

@@ -58,7 +58,7 @@ class RunEvaluations(Protocol):
         """Loss on everything held out."""
 
     def gates(self) -> dict[str, Any]:
-        """{"gates": […], "ablation": …} of evidence.json, and "summary" for metrics.jsonl; empty on an idle rank."""
+        """Sections of evidence.json, "gates" among them, and "summary" for metrics.jsonl; empty on an idle rank."""
 
     def golden(self, step: int) -> dict[str, Any]:
         """Decode the golden set, keep the dump of this step, and return its scores."""

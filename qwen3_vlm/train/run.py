@@ -167,9 +167,9 @@ def save_checkpoint(run: Run) -> None:
     run.clock = time.monotonic()
 
 
-def write_results(run: Run, loss: dict[str, Any], ablation: dict[str, Any], golden: dict[str, Any]) -> dict[str, Any]:
+def write_results(run: Run, loss: dict[str, Any], gates: dict[str, Any], golden: dict[str, Any]) -> dict[str, Any]:
     """The add-on, the final line of metrics.jsonl, result.json and report.html; returns the evidence. Collective."""
-    figures = evidence(run.step, loss=loss, ablation=ablation, golden=golden)
+    figures = evidence(run.step, loss=loss, gates=gates, golden=golden)
     tensors = run.recipe.tensors(run.model)
     if run.accelerator.is_main_process:
         folder = run.folder / run.recipe.add_on
@@ -189,7 +189,7 @@ def write_results(run: Run, loss: dict[str, Any], ablation: dict[str, Any], gold
             run.folder / "result.json",
             {"step": run.step, "eval": loss, "evidence": figures, "config": to_dict(run.config)},
         )
-        run.log.say(f"The {run.recipe.add_on} is in {folder}; the report is {write_report(run.folder)}.")
+        run.log.say(f"The add-on is in {folder}; the report is {write_report(run.folder)}.")
     run.accelerator.wait_for_everyone()
     return figures
 

@@ -131,6 +131,8 @@ def start_run(config: RunConfig, lock: FolderLock, cache_dir: Path | None = None
     log.start(run.step, saved.values["logs"] if saved else {})
     if not saved:
         log.skip(0, data.unusable())
+        if "tasks" in data.counts():
+            log.write("data", 0, data.counts())
     describe_run(run)
     return run
 

@@ -1,16 +1,25 @@
-"""Is a connector directory what it says? Files, tensors, bases, and the gates of its evidence."""
+"""Is an add-on what it says? Files, tensors, bases, and the gates of its evidence."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen3_vlm.checks import Check
-from qwen3_vlm.errors import AddOnError, GateError, ModelError
-from qwen3_vlm.evaluate.gates import gate_failure, gate_figures
+from qwen3_vlm.errors import AddOnError, ConfigError, GateError, ModelError
+from qwen3_vlm.evaluate.gates import gate_figures, recorded_failure
 from qwen3_vlm.models.add_on_files import EVIDENCE, base_folder, refuse_differences, tensor_findings
+from qwen3_vlm.models.row_base import require_base_files
+from qwen3_vlm.models.row_files import (
+    ROWS_TENSORS,
+    find_rows,
+    has_rows,
+    read_rows,
+    read_rows_info,
+)
 from qwen3_vlm.storage import read_json
+from qwen3_vlm.tokenization.token_space import TokenSpace
+from qwen3_vlm.tokenization.uti_config import CONFIG_NAME, load_uti_config
 from qwen3_vlm.train.connector_files import (
     INFO,
     TENSORS,
@@ -21,6 +30,8 @@ from qwen3_vlm.train.connector_files import (
     read_tensors,
 )
 from qwen3_vlm.train.identity import file_differences
+
+ROW_GATES = ("parameter integrity", "text identity")  # what every stage-3 run measures, whatever its tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,66 @@ class VerifyReport:
     def __str__(self) -> str:
         marks = {True: "ok     ", False: "FAILED ", None: "–      "}
         return "\n".join(f"{marks[check.passed]}{check.name}: {check.detail}" for check in self.checks)
+
+
+def verify_add_on(
+    directory: str | Path,
+    llm: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    *,
+    gates: bool = False,
+    trust_remote_code: bool = False,
+) -> VerifyReport:
+    """`verify_rows` or `verify_connector`, by what the folder or hub id holds.
+
+    Raises:
+        ConfigError: a vision tower is given for trainable rows.
+        AddOnError: it is neither; and what the two raise.
+    """
+    options: Any = {"gates": gates, "trust_remote_code": trust_remote_code}
+    if not has_rows(directory):
+        return verify_connector(directory, llm, vision_tower, **options)
+    if vision_tower is not None:
+        raise ConfigError(f"{directory} holds trainable rows, which have no vision tower; leave --vision-tower out.")
+    return verify_rows(directory, llm, **options)
+
+
+def verify_rows(
+    directory: str | Path,
+    llm: str | Path | None = None,
+    *,
+    gates: bool = False,
+    trust_remote_code: bool = False,
+) -> VerifyReport:
+    """Check a trainable-rows folder's files, token space, rows and base; no base is loaded.
+
+    A base that trainable_rows.json names but that is not on this machine is reported as not checked. With `gates`,
+    the gates that every stage-3 run has must be there, and all must have passed.
+
+    Raises:
+        AddOnError, TamperedFileError, TokenSpaceError, ConfigError: its files or rows are not what they should be.
+        BaseMismatchError: the base is not the one it was trained on.
+        GateError: `gates` are asked for, and one failed or was not run.
+    """
+    folder = find_rows(directory)
+    info = read_rows_info(folder)
+    rows = read_rows(folder, info)
+    space = TokenSpace.load(folder)
+    count = sum(tensor.numel() for tensor in rows.values())
+    checks = [
+        Check(
+            "files", True, f"{ROWS_TENSORS} has the {info['files'][ROWS_TENSORS]['bytes']:,} bytes that were written"
+        ),
+        _evidence_check(info),
+        Check("token space", True, f"{space.vocab_size_total:,} ids, sha256 {space.sha256}"),
+        _uti_check(folder, info),
+        Check("rows", True, f"{' and '.join(rows)} of ids {_ids(info)}, {count:,} parameters, all finite"),
+        _verify_llm(llm, info, folder, trust_remote_code),
+    ]
+    found = _recorded_gates(folder)
+    if gates:
+        _require_gates(folder, found, ROW_GATES)
+    return VerifyReport(folder, (*checks, *found))
 
 
 def verify_connector(
@@ -74,9 +145,8 @@ def verify_connector(
     for section, given in (("llm", llm), ("vision_tower", vision_tower)):
         checks.append(_verify_base(section, given, info, folder, trust_remote_code))
     found = _recorded_gates(folder)
-    bad = [f"{check.name} ({check.detail})" for check in found if not check.passed]
-    if gates and bad:
-        raise GateError(f"{folder / EVIDENCE} does not show that every gate passed: {'; '.join(bad)}.")
+    if gates:
+        _require_gates(folder, found)
     return VerifyReport(folder, (*checks, *found))
 
 
@@ -91,6 +161,37 @@ def _verify_base(section: str, given: str | Path | None, info: Mapping[str, Any]
         return Check(name, None, str(problem))
     refuse_differences(folder, file_differences(info, {section: found}, trust))
     return Check(name, True, f"{source} is the one it was trained on")
+
+
+def _verify_llm(given: str | Path | None, info: Mapping[str, Any], folder: Path, trust: bool) -> Check:
+    try:
+        require_base_files(folder, info, given, download=given is not None, trust_remote_code=trust)
+    except ModelError as problem:
+        if given is not None:
+            raise
+        return Check("llm", None, str(problem))
+    return Check("llm", True, f"{given or info['base_llm']} is the one it was trained on")
+
+
+def _uti_check(folder: Path, info: Mapping[str, Any]) -> Check:
+    if CONFIG_NAME not in info["files"]:
+        return Check("uti", None, f"there is no {CONFIG_NAME}, so nothing says how to open the tokenizers")
+    config = load_uti_config(folder)
+    sources = [part.source for part in (config.image, config.audio) if part is not None]
+    return Check("uti", True, f"{CONFIG_NAME} names {', '.join([config.text.tokenizer, *sources])}")
+
+
+def _ids(info: Mapping[str, Any]) -> str:
+    return f"{info['row_start']:,}–{info['row_end'] - 1:,}"
+
+
+def _require_gates(folder: Path, found: list[Check], wanted: tuple[str, ...] = ()) -> None:
+    """Refuse gates of which one failed, or one that is `wanted`, by the start of its name, was not run."""
+    bad = [f"{check.name} ({check.detail})" for check in found if not check.passed]
+    names = [check.name.removeprefix("gate ") for check in found]
+    bad += [f"{name} (it was not run)" for name in wanted if not any(each.startswith(name) for each in names)]
+    if bad:
+        raise GateError(f"{folder / EVIDENCE} does not show that every gate passed: {'; '.join(bad)}.")
 
 
 def _evidence_check(info: Mapping[str, Any]) -> Check:
@@ -113,17 +214,9 @@ def _recorded_gates(folder: Path) -> list[Check]:
 def _recorded_gate(gate: Mapping[str, Any]) -> Check:
     """One gate; that it is marked as passed is not enough."""
     figures = gate_figures(gate)
+    reason = recorded_failure(gate)
     if gate["value"] is None:
         return Check(f"gate {gate['name']}", False, figures)
-    value, low, threshold, samples = (_number(gate.get(key)) for key in ("value", "low", "threshold", "samples"))
-    reason = gate_failure(value, low, threshold, int(samples) if math.isfinite(samples) else 0)
     if not reason and gate["passed"] is not True:
         reason = "It is marked as failed."
     return Check(f"gate {gate['name']}", not reason, f"{figures}. {reason}" if reason else figures)
-
-
-def _number(value: Any) -> float:
-    """A figure of a gate; NaN, with which no gate passes, for what is missing or not finite."""
-    if not isinstance(value, (int, float, type(None))):
-        raise TypeError(f"{value!r} is no number")
-    return float(value) if value is not None and math.isfinite(value) else math.nan

@@ -3,9 +3,6 @@
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,31 +10,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 
+from tests.train.processes import command, run_on_two_ranks, start, wait_for_steps
 from tests.train.tiny_run import final_bytes, metrics, tiny_config, write_config, write_records
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 STEPS = 32
-
-
-def command(config: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "qwen3_vlm", "train", str(config), *overrides]
-
-
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(config, *overrides), cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
-
-
-def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
-    """Until the run has logged `count` more steps than it had, which is somewhere within a step."""
-    path = run / "metrics.jsonl"
-    before = len(metrics(run)) if path.exists() else 0
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and len(path.read_bytes().splitlines()) >= before + count:
-            return
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +61,7 @@ def test_two_ranks_are_one_process(arguments: tuple[Path, Path, Path], tmp_path:
     train(tiny_config(tmp_path / "one", *arguments, **settings))
     two = tiny_config(tmp_path / "two", *arguments, **settings, optim__accumulation=1)
     config = write_config(tmp_path / "two.yaml", two)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *command(config)[1:]],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_on_two_ranks(*command(config)[1:])
     first, second = (
         safetensors.torch.load_file(tmp_path / name / "connector" / "connector.safetensors") for name in ("one", "two")
     )
@@ -106,27 +72,11 @@ def test_two_ranks_are_one_process(arguments: tuple[Path, Path, Path], tmp_path:
         if "loss" in mine:
             assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert [mine.get(key) for key in ("tokens", "samples")] == [other.get(key) for key in ("tokens", "samples")]
-    assert done.stdout.count("The connector is in") == 1
+    assert done.stdout.count("The add-on is in") == 1
 
 
 @pytest.mark.slow
 def test_shards_are_audited_saved_and_resumed(tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> None:
     """FSDP2 over two gloo ranks, against the same model whole."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.train.sharded_step", tiny_llm_dir, tiny_tower_dir, tmp_path],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_on_two_ranks("-m", "tests.train.sharded_step", tiny_llm_dir, tiny_tower_dir, tmp_path)
     assert done.stdout.count("sharded and whole agree") == 2
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -1,0 +1,133 @@
+"""Stage 3: new vocabulary rows behind a frozen language model, on task sequences of text, pictures and sounds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwen3_vlm.config import RunConfig
+from qwen3_vlm.errors import ModelError
+from qwen3_vlm.evaluate.parameter_integrity import base_digests
+from qwen3_vlm.evaluate.text_identity import TextBehaviour, measure_text
+from qwen3_vlm.models.bases import load_strictly
+from qwen3_vlm.models.row_files import describe_base, load_rows, write_rows
+from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.train.recipe import Recipe
+from qwen3_vlm.train.step_plan import MixtureSteps
+from qwen3_vlm.train.token_evaluations import TokenEvaluations
+from qwen3_vlm.train.token_source import TokenSource, check_token_folders, open_tokens, uti_folder
+
+
+class RowsRecipe(Recipe):
+    """See the module. What the base was before training is measured here, while it is nothing but the base."""
+
+    add_on = "rows"
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, folder: Path) -> None:
+        super().__init__(config, accelerator, folder)
+        self.start_from = config.rows.add_on
+        self.token_space = check_token_folders(config.tokens)
+        self.base: dict[str, Any] = {}
+        self.tokenizer: Any = None
+        self.text_before: TextBehaviour | None = None
+        self.digests: dict[str, str] = {}
+
+    @property
+    def sharded(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+
+    def check(self) -> None:
+        """Raises: ModelError: the tokenizer of the base can't be had."""
+        settings = self.config.model
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(settings.llm, trust_remote_code=settings.trust_remote_code)
+        except (OSError, ValueError) as problem:
+            reason = str(problem).strip().split("\n", 1)[0]
+            raise ModelError(f"No tokenizer can be read from {settings.llm}: {reason}") from problem
+
+    def build(self) -> TokenLM:
+        """The base, looked at before anything is done to it, and fresh rows behind it."""
+        settings = self.config.model
+        llm = load_strictly(
+            AutoModelForCausalLM,
+            settings.llm,
+            getattr(torch, settings.dtype),
+            settings.attn_implementation,
+            settings.trust_remote_code,
+        )
+        if self.sharded or self.accelerator.is_main_process:
+            self.digests = base_digests(llm)
+        if not self.sharded and self.accelerator.is_main_process:
+            llm.to(self.accelerator.device)
+            self.text_before = measure_text(llm, self.tokenizer)
+        model = TokenLM.grow(llm, self.token_space, init=self.config.rows.init, seed=self.config.seed)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def describe(self, model: Any) -> None:
+        """The base's fingerprints."""
+        settings = self.config.model
+        self.base = describe_base(
+            settings.llm, self.tokenizer, model=model, trust_remote_code=settings.trust_remote_code
+        )
+
+    def open_data(self, model: Any, cache_dir: Path) -> TokenSource:
+        """The shards of every folder, by task."""
+        return open_tokens(self.config, self.token_space, verify=self.accelerator.is_main_process)
+
+    def plan(self, data: TokenSource, *, ranks: int, rank: int) -> MixtureSteps:
+        """The mixture of tasks, step by step."""
+        return data.plan(self.config.optim, ranks=ranks, rank=rank)
+
+    def check_model(self, model: Any) -> None:
+        """Nothing to refuse: rows are padded, and none attends to another."""
+
+    def evaluations(self, model: Any, data: TokenSource) -> TokenEvaluations:
+        """Loss by task, the gates and the golden set."""
+        return TokenEvaluations(self, model, data)
+
+    def parameters(self, model: Any) -> Mapping[str, nn.Parameter]:
+        """The new rows: "embeddings" and, for an untied base, "lm_head"."""
+        found: dict[str, nn.Parameter] = model.row_parameters()
+        return found
+
+    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        """One group for each set of rows; the head of an untied base may have a rate of its own."""
+        optim, rows = self.config.optim, self.config.rows
+        scales = {"embeddings": 1.0, "lm_head": (rows.head_learning_rate or optim.learning_rate) / optim.learning_rate}
+        return [{"params": [found], "scale": scales[name]} for name, found in self.parameters(model).items()]
+
+    def figures(self, model: Any) -> dict[str, float]:
+        """Norms of the new rows: their mean and extremes tell rows that run away from those that are never said."""
+        found: dict[str, float] = {}
+        for name, rows in self.tensors(model).items():
+            prefix = "head_" if name == "lm_head" else ""
+            norms = rows.float().norm(dim=-1)
+            found |= {
+                f"{prefix}row_norm_mean": float(norms.mean()),
+                f"{prefix}row_norm_min": float(norms.min()),
+                f"{prefix}row_norm_max": float(norms.max()),
+            }
+        return found
+
+    def load(self, directory: Path, model: Any) -> None:
+        """Strictly; see `load_rows`."""
+        load_rows(directory, model, self.base)
+
+    def write(
+        self,
+        folder: Path,
+        model: Any,
+        tensors: Mapping[str, Tensor],
+        evidence: Mapping[str, Any],
+        details: Mapping[str, Any],
+    ) -> None:
+        """trainable_rows.pt, trainable_rows.json, the token space, uti.yaml, evidence.json."""
+        uti = uti_folder(self.config.tokens)
+        write_rows(folder, model, self.base, uti=uti, tensors=tensors, evidence=evidence, details=details)

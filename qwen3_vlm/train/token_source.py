@@ -1,0 +1,184 @@
+"""From the tokens section of a config to the task samples of training, evaluation and the golden set."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen3_vlm.config import OptimConfig, RunConfig, TokenDataConfig
+from qwen3_vlm.data.collate import Batch
+from qwen3_vlm.data.encode import SkippedRecord
+from qwen3_vlm.data.loader import ordered_loader
+from qwen3_vlm.data.shard_dataset import read_dataset
+from qwen3_vlm.data.shards import open_shards
+from qwen3_vlm.data.shuffle import Permutation
+from qwen3_vlm.data.task_mixture import TaskMixture, TaskSample, TaskShare
+from qwen3_vlm.data.token_batches import TokenBatches, TokenCollator, TokenRecords, cut_micro_batches
+from qwen3_vlm.errors import DataError, RecordError
+from qwen3_vlm.fingerprint import fingerprint_dataset
+from qwen3_vlm.tokenization.sequences import DropCounter, sequence_format, task_names
+from qwen3_vlm.tokenization.token_space import TokenSpace
+from qwen3_vlm.train.signals import leave_to_parent
+from qwen3_vlm.train.step_plan import MixtureSteps
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """The data of a run over tokens, opened."""
+
+    config: TokenDataConfig
+    seed: int
+    token_space: TokenSpace
+    train: TokenRecords
+    eval: TokenRecords
+    shares: dict[str, TaskShare]  # training records of each task
+    held_out: dict[str, Indices]  # held-out records of each task, at most `eval_max`, in a fixed random order
+    drops: DropCounter
+    fingerprint: str
+
+    @property
+    def num_train(self) -> int:
+        """(record, task) pairs to train on."""
+        return sum(len(share.indices) for share in self.shares.values())
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.shares)
+
+    def counts(self) -> dict[str, Any]:
+        """Samples of each task, and what was left out."""
+        return {
+            "train_samples": self.num_train,
+            "eval_samples": sum(map(len, self.held_out.values())),
+            "tasks": {name: [len(share.indices), len(self.held_out[name])] for name, share in self.shares.items()},
+            "dropped": self.drops.to_dict(),
+        }
+
+    def unusable(self) -> list[SkippedRecord]:
+        """None is known before it is read; what does not fit a task is no bad record, and is in `drops`."""
+        return []
+
+    def plan(self, optim: OptimConfig, *, ranks: int, rank: int) -> MixtureSteps:
+        """The steps of one rank."""
+        mixture = TaskMixture(
+            self.shares,
+            samples=optim.batch_size * optim.accumulation * ranks,
+            seed=self.seed,
+            epochs=optim.epochs,
+            steps=optim.max_steps,
+        )
+        return MixtureSteps(
+            mixture, lambda samples: cut_micro_batches(self.train, samples, optim.batch_size), ranks=ranks, rank=rank
+        )
+
+    def train_batches(self, micro_batches: Sequence[Sequence[TaskSample]]) -> Iterator[Batch]:
+        """These micro-batches, in order, read by worker processes."""
+        weights = {name: self.config.tasks[_section(self.config, name)].loss_weight for name in self.tasks}
+        plain = all(weight == 1.0 for weight in weights.values())
+        return self._iterate(self.train, TokenCollator(self.token_space, None if plain else weights), micro_batches)
+
+    def eval_batches(self, task: str, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        """Held-out records as one task, in batches."""
+        samples = [TaskSample(task, int(index), 0) for index in indices]
+        batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        return self._iterate(self.eval, TokenCollator(self.token_space), batches)
+
+    def eval_records(self, task: str) -> Iterator[tuple[str, Any]]:
+        """(id, global ids by modality) of the held-out records of a task; a damaged one is passed over."""
+        for index in self.held_out[task]:
+            try:
+                record = self.eval[int(index)]
+            except RecordError:
+                continue
+            yield record.id, record.ids
+
+    def _iterate(
+        self, records: TokenRecords, collator: TokenCollator, batches: Sequence[Sequence[TaskSample]]
+    ) -> Iterator[Batch]:
+        dataset = TokenBatches(
+            records,
+            self.token_space,
+            collator,
+            batches,
+            max_seq_len=self.config.max_seq_len,
+            noise_seed=self.seed,
+        )
+        loader = ordered_loader(dataset, self.config.num_workers)
+        loader.worker_init_fn = leave_to_parent
+        return iter(loader)
+
+
+def check_token_folders(config: TokenDataConfig) -> TokenSpace:
+    """The one token space of all folders, read before anything large is.
+
+    Raises:
+        DataError: no folder is named, or one is no complete data set.
+        TokenSpaceError: they do not share one token space, with a line per difference.
+        TokenError: there is no such task.
+    """
+    if not config.folders:
+        raise DataError("The config names no training data: set tokens.folders to what `data tokenize` wrote.")
+    task_names(config.tasks)
+    spaces = []
+    for folder in config.folders:
+        read_dataset(folder)
+        spaces.append(TokenSpace.load(folder))
+        spaces[0].require_same(spaces[-1], f"The data set {folder}")
+    return spaces[0]
+
+
+def open_tokens(config: RunConfig, token_space: TokenSpace, *, verify: bool = True) -> TokenSource:
+    """Open the shards, and find out which records serve which task.
+
+    Args:
+        verify: hash the tars, about a second per GB; one process of a machine is enough.
+
+    Raises:
+        DataError: a data set is damaged, was never audited, or nothing is left of a task.
+        TokenSpaceError: a data set has another token space than `token_space`.
+    """
+    settings = config.tokens
+
+    def records(split: str) -> TokenRecords:
+        allow = settings.allow_unaudited
+        return TokenRecords(
+            [
+                open_shards(folder, token_space, split=split, allow_unaudited=allow, verify=verify)
+                for folder in settings.folders
+            ]
+        )
+
+    train, held_out, drops = records(settings.train_split), records(settings.eval_split), DropCounter()
+    shares, chosen = {}, {}
+    for name in task_names(settings.tasks):
+        task = settings.tasks[_section(settings, name)]
+        usable = train.usable(name, settings.max_seq_len, drops)
+        if not len(usable):
+            wanted = sequence_format(name)
+            raise DataError(
+                f"No record of {', '.join(settings.folders)} can be used for the task {name}: it needs {wanted.source} "
+                f"and {wanted.target}, {settings.max_seq_len:,} ids at most ({drops.to_dict().get(name)})."
+            )
+        shares[name] = TaskShare(usable, task.weight, task.ramp_from, task.ramp_until)
+        others = held_out.usable(name, settings.max_seq_len, DropCounter())
+        order = Permutation(len(others), f"{config.seed}/held out")(np.arange(min(len(others), settings.eval_max)))
+        chosen[name] = others[order]
+    parts = [(str(number), str(part)) for number, part in enumerate(train.identity)]
+    return TokenSource(
+        settings, config.seed, token_space, train, held_out, shares, chosen, drops, fingerprint_dataset(parts)
+    )
+
+
+def _section(config: TokenDataConfig, task: str) -> str:
+    """The name under which a task stands in the config: its own, or its family's ("copy" for "copy_image")."""
+    return task if task in config.tasks else next(name for name in config.tasks if task in task_names([name]))
+
+
+def uti_folder(config: TokenDataConfig) -> Path:
+    """Where the uti.yaml of the data is."""
+    return Path(config.folders[0])
