@@ -104,16 +104,18 @@ def sweep(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="Connector directory.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(help="Connector directory or trainable-rows folder.", show_default=False)
+    ],
     gates: Annotated[bool, typer.Option("--gates", help="Also ask that every gate of its evidence passed.")] = False,
     llm: Llm = None,
     vision_tower: Tower = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Check a connector's files and, where they can be found, its bases; exit status 1 if anything is wrong."""
-    from qwen3_vlm.train.verify import verify_connector
+    """Check an add-on's files and, where they can be found, its bases; exit status 1 if anything is wrong."""
+    from qwen3_vlm.train.verify import verify_add_on
 
-    print(verify_connector(directory, llm, vision_tower, gates=gates, trust_remote_code=trust_remote_code))
+    print(verify_add_on(directory, llm, vision_tower, gates=gates, trust_remote_code=trust_remote_code))
 
 
 @app.command()

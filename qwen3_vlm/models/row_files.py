@@ -17,33 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from qwen3_vlm.errors import AddOnError, ConfigError, ModelError, TamperedFileError
-from qwen3_vlm.fingerprint import (
-    Fingerprint,
-    differences,
-    fingerprint_folder,
-    fingerprint_tensors,
-    fingerprint_tokenizer,
-    resolve_folder,
-)
+from qwen3_vlm.fingerprint import resolve_folder
 from qwen3_vlm.models.add_on_files import (
     EVIDENCE,
     MAX_INFO_BYTES,
-    base_folder,
     check_bytes,
     describe_files,
-    folder_differences,
     is_text,
     named_dtype,
     refuse_differences,
     tensor_findings,
 )
 from qwen3_vlm.models.bases import load_strictly
+from qwen3_vlm.models.row_base import base_differences, describe_base, require_base_files
 from qwen3_vlm.models.row_tensors import DTYPE, ROW_NAMES, read_layout, read_row_tensors, write_row_tensors
 from qwen3_vlm.models.token_lm import TokenLM
-from qwen3_vlm.models.vocabulary_rows import SplitEmbedding
 from qwen3_vlm.storage import atomic_directory, atomic_write_bytes, atomic_write_json, read_bytes, read_json
 from qwen3_vlm.tokenization.strict_json import tree_differences
 from qwen3_vlm.tokenization.token_space import FILE_NAME, HASH_NAME, MAX_IDS, TokenSpace
@@ -55,11 +46,11 @@ __all__ = [
     "check_layout",
     "describe_base",
     "find_rows",
+    "has_rows",
     "load_rows",
     "load_token_lm",
     "read_rows",
     "read_rows_info",
-    "require_base_files",
     "save_rows",
     "write_rows",
 ]
@@ -71,28 +62,6 @@ MAX_WIDTH = 262_144
 _REQUIRED_FILES = (ROWS_TENSORS, EVIDENCE, FILE_NAME, HASH_NAME)
 _FILES = (*_REQUIRED_FILES, CONFIG_NAME)
 _NUMBERS = {"row_start": MAX_IDS, "row_end": MAX_IDS + 1, "width": MAX_WIDTH}
-
-
-def describe_base(
-    llm: str | Path, tokenizer: Any = None, *, model: TokenLM | None = None, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """The part of trainable_rows.json that says what the rows belong to.
-
-    Args:
-        llm: hub id or folder of the base.
-        tokenizer: the base's; None loads it from `llm`.
-        model: the base with its rows, fingerprinted in memory if the base's folder has no safetensors.
-
-    Raises:
-        ModelError: the base or its tokenizer can't be read.
-    """
-    folder = resolve_folder(llm, what="llm")
-    tokenizer = _tokenizer(folder, trust_remote_code) if tokenizer is None else tokenizer
-    return {
-        "base_llm": str(llm),
-        "base_fingerprint": _fingerprint(folder, model, trust_remote_code),
-        "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
-    }
 
 
 def save_rows(
@@ -177,6 +146,17 @@ def find_rows(source: str | Path) -> Path:
         patterns=("trainable_rows.*", "token_space.*", CONFIG_NAME, EVIDENCE),
         required=(ROWS_INFO, *_REQUIRED_FILES),
     )
+
+
+def has_rows(source: str | Path) -> bool:
+    """Whether a folder or hub id is a trainable-rows folder."""
+    if Path(source).is_dir():
+        return (Path(source) / ROWS_INFO).is_file()
+    try:
+        find_rows(source)
+    except ModelError:
+        return False
+    return True
 
 
 def read_rows_info(directory: str | Path) -> dict[str, Any]:
@@ -279,8 +259,7 @@ def load_rows(directory: str | Path, model: TokenLM, base: Mapping[str, Any] | N
         f"{key}: {info[key]!r} in the add-on, {value!r} here" for key, value in here.items() if info[key] != value
     ]
     if base is not None:
-        lines += differences(info["base_fingerprint"], base["base_fingerprint"], "LLM")
-        lines += differences(info["tokenizer_fingerprint"], base["tokenizer_fingerprint"], "tokenizer")
+        lines += base_differences(info, base)
     refuse_differences(directory, lines)
     tensors = read_rows(directory, info)
     with torch.no_grad():
@@ -322,27 +301,6 @@ def load_token_lm(
     return model
 
 
-def require_base_files(
-    folder: Path,
-    info: Mapping[str, Any],
-    llm: str | Path | None = None,
-    *,
-    download: bool = True,
-    trust_remote_code: bool = False,
-) -> Path:
-    """Where the base lies, whose files and tokenizer are those that the rows were trained on; no weights are loaded.
-
-    Raises:
-        ModelError: it can't be had; without `download`, is not on this machine.
-        BaseMismatchError: it is another base; a line per difference.
-    """
-    where = base_folder(llm or info["base_llm"], "llm", folder, download=download)
-    lines = folder_differences(info["base_fingerprint"], where, "llm", trust_remote_code=trust_remote_code)
-    tokenizer = fingerprint_tokenizer(_tokenizer(where, trust_remote_code))
-    refuse_differences(folder, lines + differences(info["tokenizer_fingerprint"], tokenizer, "tokenizer"))
-    return where
-
-
 def _wrong_fields(info: Mapping[str, Any]) -> list[str]:
     """Names of what is missing or of another type or size than was written."""
     bad = [name for name, most in _NUMBERS.items() if type(info.get(name)) is not int or not 1 <= info[name] <= most]
@@ -368,33 +326,3 @@ def _contradictions(info: Mapping[str, Any], space: TokenSpace) -> list[str]:
 def _uti_bytes(source: Path) -> bytes:
     file = source / CONFIG_NAME if source.is_dir() else source
     return read_bytes(file, MAX_UTI_BYTES, error=ConfigError)
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise ModelError(f"The tokenizer of {folder} can't be loaded: {reason}") from problem
-
-
-def _fingerprint(folder: Path, model: TokenLM | None, trust_remote_code: bool) -> Fingerprint:
-    try:
-        return fingerprint_folder(folder, "llm", trust_remote_code=trust_remote_code)
-    except ModelError:
-        if model is None:
-            raise
-    return fingerprint_tensors(_base_tensors(model), "llm", model.language_model.config.to_dict())
-
-
-def _base_tensors(model: TokenLM) -> dict[str, Tensor]:
-    """The base's tensors by the names that they have in its files."""
-    trunk = model.language_model
-    tables = [name for name, module in trunk.named_modules() if isinstance(module, SplitEmbedding)]
-    tensors = dict(trunk.state_dict())
-    for name in tables:
-        del tensors[f"{name}.rows"]
-        tensors[f"{name}.weight"] = tensors.pop(f"{name}.base.weight")
-    return {f"{trunk.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()} | {
-        "lm_head.weight": model.lm_head.weight
-    }
