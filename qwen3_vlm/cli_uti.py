@@ -159,7 +159,7 @@ def encode(
     from qwen3_vlm.storage import atomic_write_json
 
     sort = kind or kind_of(file)
-    content = {Kind.image: _read_picture, Kind.audio: _read_sound, Kind.text: _read_text}[sort](file, str(file))
+    content = {Kind.image: read_picture, Kind.audio: read_sound, Kind.text: _read_text}[sort](file, str(file))
     uti = open_uti(config, device)
     values: dict[str, Any] = {"format": IDS_FORMAT, "modality": str(sort), "token_space_sha256": uti.sha256}
     values |= _encoded(uti, sort, content)
@@ -179,13 +179,15 @@ def decode(
 ) -> None:
     """Turn ids back into a picture, a sound or a text."""
     values = read_ids(ids)
+    kind = Kind(values["modality"])
+    require_suffix(out, kind)
     uti = open_uti(config, device)
     if values["token_space_sha256"] != uti.sha256:
         raise TokenSpaceError(
             f"{ids} has ids of the token space {values['token_space_sha256']}; {config} is {uti.sha256}, so they mean "
             "something else."
         )
-    _write_decoded(uti, Kind(values["modality"]), values["ids"], values["metadata"], out)
+    write_content(out, kind, _decoded(uti, kind, values["ids"], values["metadata"]))
     print(out)
 
 
@@ -230,14 +232,14 @@ def read_pictures(folder: Path) -> dict[str, Any]:
     """Name → picture, for all pictures below a folder, sorted."""
     from qwen3_vlm.data.images import IMAGE_SUFFIXES
 
-    return _read_folder(folder, IMAGE_SUFFIXES, "picture", _read_picture)
+    return _read_folder(folder, IMAGE_SUFFIXES, "picture", read_picture)
 
 
 def read_sounds(folder: Path) -> dict[str, Any]:
     """Name → (waveform, sampling rate), for all sounds below a folder, sorted."""
     from qwen3_vlm.data.sounds import AUDIO_SUFFIXES
 
-    return _read_folder(folder, AUDIO_SUFFIXES, "sound", _read_sound)
+    return _read_folder(folder, AUDIO_SUFFIXES, "sound", read_sound)
 
 
 def read_texts(file: Path) -> list[str]:
@@ -309,26 +311,46 @@ def _encoded(uti: "UnifiedTokenizer", kind: Kind, content: Any) -> dict[str, Any
     return {"ids": encoded.ids.tolist(), "metadata": encoded.metadata}
 
 
-def _write_decoded(uti: "UnifiedTokenizer", kind: Kind, ids: list[int], metadata: Any, out: Path) -> None:
+def _decoded(uti: "UnifiedTokenizer", kind: Kind, ids: list[int], metadata: Any) -> Any:
+    if kind is Kind.text:
+        return uti.decode_text(ids)
+    return uti.decode_image(ids, metadata) if kind is Kind.image else uti.decode_audio(ids, metadata)
+
+
+def require_suffix(out: Path, kind: Kind) -> None:
+    """Refuse a file name that content of this kind can't be written under.
+
+    Raises:
+        DataError: says which suffix it takes.
+    """
+    if kind is Kind.audio and out.suffix.lower() != ".wav":
+        raise DataError(f"{out}: sounds are written as .wav files; give the file that suffix.")
+    if kind is Kind.image:
+        from PIL import Image
+
+        if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+            raise DataError(f"{out}: pictures can't be written with that suffix; .png keeps every pixel.")
+
+
+def write_content(out: Path, kind: Kind, content: Any) -> None:
+    """Write a string, a PIL image, or (waveform, sampling rate in Hz); `require_suffix` has passed.
+
+    Raises:
+        StorageError: it can't be written.
+    """
     from qwen3_vlm.storage import atomic_file, atomic_write_bytes, atomic_write_text
 
     if kind is Kind.text:
-        atomic_write_text(out, uti.decode_text(ids))
+        atomic_write_text(out, content)
     elif kind is Kind.audio:
         from qwen3_vlm.tokenization.audit_page import wav_bytes
 
-        if out.suffix.lower() != ".wav":
-            raise DataError(f"{out}: sounds are written as .wav files; give the file that suffix.")
-        atomic_write_bytes(out, wav_bytes(*uti.decode_audio(ids, metadata)))
+        atomic_write_bytes(out, wav_bytes(*content))
     else:
         from PIL import Image
 
-        form = Image.registered_extensions().get(out.suffix.lower())
-        if form is None or form not in Image.SAVE:
-            raise DataError(f"{out}: pictures can't be written with that suffix; .png keeps every pixel.")
-        picture = uti.decode_image(ids, metadata)
         with atomic_file(out) as temporary:
-            picture.save(temporary, form)
+            content.save(temporary, Image.registered_extensions()[out.suffix.lower()])
 
 
 def _refuse_another_space(out: Path, space: "TokenSpace") -> None:
@@ -359,13 +381,15 @@ def _name(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
-def _read_picture(path: Path, name: str) -> Any:
+def read_picture(path: Path, name: str) -> Any:
+    """A PIL image; `name` is what errors call it."""
     from qwen3_vlm.data.images import load_image
 
     return load_image(path, max_pixels=MAX_PIXELS, name=name)
 
 
-def _read_sound(path: Path, name: str) -> Any:
+def read_sound(path: Path, name: str) -> Any:
+    """(waveform, sampling rate in Hz); `name` is what errors call it."""
     from qwen3_vlm.data.sounds import load_sound
 
     return load_sound(path, max_seconds=3600, name=name)

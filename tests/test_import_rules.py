@@ -19,7 +19,7 @@ ALLOWED = {
     "data": BOTTOM | {"tokenization"},
     "evaluate": BOTTOM | {"data", "models", "tokenization"},
     "generate": BOTTOM | {"models", "tokenization"},
-    "train": BOTTOM | {"data", "evaluate", "models", "tokenization"},
+    "train": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization"},
     "serve": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization", "train"},
     "demo": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization", "train"},
     "cli": COMMANDS | {"cli_data", "cli_generate", "cli_uti"},

@@ -131,7 +131,8 @@ def generate_ids(
 
     Args:
         prompts: a task and the ids of its source by modality, such as ("t2i", {"text": ids}).
-        grammar: lengths, and what may follow the first segment; None: `Grammar(model.token_space)`.
+        grammar: lengths, and what may follow the first segment; None: one segment, as long as `Grammar` has it or as
+            the model can read.
         seed: of the first sample; the next one has the next.
         settings: more for the library's `GenerationConfig`, such as `cache_implementation="static"`.
 
@@ -139,7 +140,7 @@ def generate_ids(
         TokenError: a source is missing, empty or of another modality's ids, or no such task.
         ModelError: prompt and longest answer are more than the model can read, or its scores are no numbers.
     """
-    grammar = grammar or Grammar(model.token_space)
+    grammar = grammar or fitting_grammar(model, prompts)
     model.token_space.require_same(grammar.token_space, "The grammar")
     answers: list[list[Segment]] = []
     for start in range(0, len(prompts), batch_size):
@@ -183,6 +184,20 @@ def run(
         stopping_criteria=stopping,
     )
     return output[: len(prompts), input_ids.shape[1] :]
+
+
+def fitting_grammar(model: TokenLM, prompts: Sequence[tuple[str, Mapping[str, npt.NDArray[Any]]]]) -> Grammar:
+    """The default grammar, with answers no longer than the model can read after the longest of these prompts."""
+    space = model.token_space
+    positions = getattr(model.config, "max_position_embeddings", None)
+    default = Grammar(space)
+    if positions is None:
+        return default
+    room = positions - max((len(prompt_ids(space, task, ids)) for task, ids in prompts), default=0) - 1
+    codebooks = space.audio.num_codebooks if space.audio else 1
+    longest = {"max_text": default.text_lengths[1], "max_frames": default.frames[1]}
+    fitting = {"max_text": room, "max_frames": room // codebooks}
+    return Grammar(space, **{name: max(1, min(value, fitting[name])) for name, value in longest.items()})
 
 
 def pad_left(rows: Sequence[Ids], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from qwen3_vlm.config import require
-from qwen3_vlm.generate.generation import DEFAULT, Source, encode, run, task_of
+from qwen3_vlm.generate.generation import DEFAULT, Source, encode, fitting_grammar, run, task_of
 from qwen3_vlm.generate.grammar import Grammar
 from qwen3_vlm.generate.sampling import Sampling
 from qwen3_vlm.models.token_lm import TokenLM
@@ -71,7 +71,7 @@ def stream_ids(
     Raises:
         TokenError, ModelError: as `generate_ids`.
     """
-    grammar = grammar or Grammar(model.token_space)
+    grammar = grammar or fitting_grammar(model, [prompt])
     model.token_space.require_same(grammar.token_space, "The grammar")
     found: SimpleQueue[int | BaseException | None] = SimpleQueue()
     stopped = Event()
