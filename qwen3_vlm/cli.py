@@ -235,7 +235,7 @@ def print_result(result: Any) -> None:
     if result.add_on_dir is None:
         print("It was stopped and saved; the same command goes on from there.")
         return
-    print(f"Connector: {result.add_on_dir}")
+    print(f"Add-on: {result.add_on_dir}")
     from qwen3_vlm.evaluate.gates import describe_gate
 
     for gate in (result.evidence or {}).get("gates", []):

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen3_vlm.config import RunConfig
-from qwen3_vlm.errors import ModelError
+from qwen3_vlm.errors import ModelError, Qwen3VLMError
 from qwen3_vlm.evaluate.parameter_integrity import base_digests
 from qwen3_vlm.evaluate.text_identity import TextBehaviour, measure_text
 from qwen3_vlm.models.bases import load_strictly
 from qwen3_vlm.models.row_files import describe_base, load_rows, write_rows
 from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.train.recipe import Recipe
 from qwen3_vlm.train.step_plan import MixtureSteps
 from qwen3_vlm.train.token_evaluations import TokenEvaluations
@@ -36,6 +37,7 @@ class RowsRecipe(Recipe):
         self.tokenizer: Any = None
         self.text_before: TextBehaviour | None = None
         self.digests: dict[str, str] = {}
+        self.uti_problem = ""
 
     @property
     def sharded(self) -> bool:
@@ -91,6 +93,14 @@ class RowsRecipe(Recipe):
     def evaluations(self, model: Any, data: TokenSource) -> TokenEvaluations:
         """Loss by task, the gates and the golden set."""
         return TokenEvaluations(self, model, data)
+
+    def open_tokenizers(self) -> UnifiedTokenizer | None:
+        """What turns generated ids into pictures and sounds; None, and why, where it can't be had on this machine."""
+        try:
+            return UnifiedTokenizer.open(uti_folder(self.config.tokens))
+        except Qwen3VLMError as problem:
+            self.uti_problem = str(problem)
+            return None
 
     def parameters(self, model: Any) -> Mapping[str, nn.Parameter]:
         """The new rows: "embeddings" and, for an untied base, "lm_head"."""

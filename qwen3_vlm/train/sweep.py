@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 
 from qwen3_vlm.config import RunConfig, to_dict
-from qwen3_vlm.errors import DivergenceError, StorageError
+from qwen3_vlm.errors import ConfigError, DivergenceError, StorageError
 from qwen3_vlm.storage import atomic_write_json, read_json
 from qwen3_vlm.train.train_utils import train
 
@@ -59,6 +59,8 @@ def sweep(config: RunConfig) -> SweepResult:
     Raises:
         Qwen3VLMError: as `train` does, but a run that diverges is noted and the sweep goes on.
     """
+    if config.stage != "stage1_align":
+        raise ConfigError(f"The sweep is over settings of stage1_align; {config.stage} has none of them.")
     folder = Path(config.output_dir)
     runs: list[SweepRun] = []
     finished = True

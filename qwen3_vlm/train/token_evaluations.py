@@ -4,23 +4,39 @@ Under DDP losses are shared out and merged; the main process alone ablates and g
 holds but a shard, so all of them do everything.
 """
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from qwen3_vlm.errors import DataError
+from qwen3_vlm.evaluate.decode_success import DecodeReport, Generate, Prompt, measure_decoding
 from qwen3_vlm.evaluate.gates import unmeasured_gate
 from qwen3_vlm.evaluate.metrics import LossReport, evaluate_loss
 from qwen3_vlm.evaluate.parameter_integrity import base_digests, compare_digests
 from qwen3_vlm.evaluate.prompt_ablation import run_prompt_ablation
 from qwen3_vlm.evaluate.text_identity import compare_text, measure_text
 from qwen3_vlm.evaluate.token_ablation import run_token_ablation
-from qwen3_vlm.tokenization.sequences import SEQUENCES
+from qwen3_vlm.evaluate.token_golden import choose_records, dump_token_golden, score_token_golden
+from qwen3_vlm.evaluate.token_losses import TokenRecord
+from qwen3_vlm.generate.generation import fitting_grammar, run
+from qwen3_vlm.generate.grammar import Grammar
+from qwen3_vlm.generate.sampling import Choice, Sampling
+from qwen3_vlm.tokenization.sequences import SEQUENCES, sequence_format
 from qwen3_vlm.train.token_source import TokenSource
 
 if TYPE_CHECKING:
     from qwen3_vlm.train.rows_recipe import RowsRecipe
+
+GENERATED_TOGETHER = 32  # samples of one call
+GREEDY = Sampling(image=Choice(temperature=0), audio=Choice(temperature=0))
+SAMPLED = Sampling(image=Choice(), audio=Choice())
 
 
 class TokenEvaluations:
@@ -34,6 +50,8 @@ class TokenEvaluations:
     def __init__(self, recipe: "RowsRecipe", model: Any, data: TokenSource) -> None:
         self._recipe, self._model, self._data = recipe, model, data
         self._config, self._accelerator = recipe.config, recipe.accelerator
+        self._uti = recipe.open_tokenizers() if self._working else None
+        self._golden_scores: dict[int, dict[str, Any]] = {}
         if recipe.sharded:
             from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -49,7 +67,7 @@ class TokenEvaluations:
         return self._losses(self._config.tokens.eval_max)
 
     def gates(self) -> dict[str, Any]:
-        """Integrity, text identity, the ablation of each task's source."""
+        """Integrity, text identity, the ablation of each task's source or prompt, and whether what it makes decodes."""
         if not self._working:
             return {}
         recipe = self._recipe
@@ -59,28 +77,101 @@ class TokenEvaluations:
             "text_identity": {"": compare_text(recipe.text_before, measure_text(self._model, recipe.tokenizer))},
             "token_ablation": {},
             "prompt_ablation": {},
+            "decode_success": {},
         }
         unmeasured = []
         for task in self._data.tasks:
-            kind, run = _ablation_of(task)
-            try:
-                with self._accelerator.autocast():
-                    reports[kind][task] = run(
-                        self._model,
-                        self._data.token_space,
-                        task,
-                        self._data.eval_records(task),
-                        self._config.eval,
-                        seed=self._config.seed,
-                        max_len=self._config.tokens.max_seq_len,
-                    )
-            except DataError as problem:
-                unmeasured.append(unmeasured_gate(f"{task}: ablation", str(problem)))
+            for section, measure in self._measures(task):
+                try:
+                    with self._accelerator.autocast():
+                        reports[section][task] = measure(task)
+                except DataError as problem:
+                    unmeasured.append(unmeasured_gate(f"{task}: {section.replace('_', ' ')}", str(problem)))
         return _sections(reports, unmeasured)
 
+    def _measures(self, task: str) -> list[tuple[str, Callable[[str], Any]]]:
+        """What is asked of a task: does it read its picture or sound; or does it follow its prompt, and decode."""
+        if SEQUENCES[task].target == "text":
+            return [("token_ablation", partial(self._ablation, run_token_ablation))]
+        return [("prompt_ablation", partial(self._ablation, run_prompt_ablation)), ("decode_success", self._decoding)]
+
+    def _ablation(self, run: Callable[..., Any], task: str) -> Any:
+        return run(
+            self._model,
+            self._data.token_space,
+            task,
+            self._data.eval_records(task),
+            self._config.eval,
+            seed=self._config.seed,
+            max_len=self._config.tokens.max_seq_len,
+        )
+
     def golden(self, step: int) -> dict[str, Any]:
-        """Not yet."""
-        return {}
+        """Answer the golden prompts of every task, keep the dump of this step, and return its scores by task."""
+        if not self._working or self._uti is None:
+            return {}
+        if step not in self._golden_scores:
+            with self._golden_folder() as folder, self._accelerator.autocast():
+                records = {task: self._golden_records(task, folder) for task in self._data.tasks}
+                items = dump_token_golden(
+                    self._uti, self._generator(GREEDY), records, folder, step=step, batch_size=GENERATED_TOGETHER
+                )
+            self._golden_scores = {step: score_token_golden(items, self._config.eval.confidence)}
+        return self._golden_scores[step]
+
+    def _golden_records(self, task: str, folder: Path) -> list[TokenRecord]:
+        """The same records at every checkpoint, of all lengths."""
+        held_out, settings = list(self._data.eval_records(task)), self._config.eval
+        if not held_out:
+            return []
+        lengths = [len(ids[sequence_format(task).target]) for _, ids in held_out]
+        names = [name for name, _ in held_out]
+        chosen = choose_records(task, names, lengths, folder, count=settings.golden_samples, seed=self._config.seed)
+        return [held_out[position] for position in chosen]
+
+    @contextlib.contextmanager
+    def _golden_folder(self) -> Iterator[Path]:
+        """Ranks that generate only because the others do write to a folder that vanishes."""
+        if self._accelerator.is_main_process:
+            yield self._recipe.folder / "golden"
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder)
+
+    def _decoding(self, task: str) -> DecodeReport:
+        """Sampled at temperature 1: whatever the model makes of it, everything has to decode.
+
+        Raises:
+            DataError: the tokenizers of the data can't be opened here, or nothing is held out.
+        """
+        if self._uti is None:
+            raise DataError(f"The tokenizers of the data can't be opened: {self._recipe.uti_problem}")
+        settings = self._config.eval
+        return measure_decoding(
+            self._uti,
+            task,
+            self._data.eval_records(task),
+            self._generator(SAMPLED),
+            samples=settings.decode_samples,
+            batch_size=GENERATED_TOGETHER,
+            confidence=settings.confidence,
+            settings={"temperature": 1.0, "seed": self._config.seed},
+        )
+
+    def _generator(self, sampling: Sampling) -> Generate:
+        """Prompts → ids under the grammar; each call goes on with the seeds of the one before."""
+        seeds = itertools.count(self._config.seed)
+
+        def generate(prompts: Sequence[Prompt]) -> Tensor:
+            fitting = fitting_grammar(self._model, prompts)
+            grammar = Grammar(
+                self._data.token_space,
+                max_text=min(fitting.text_lengths[1], self._config.eval.golden_max_new_tokens),
+                max_frames=max(1, min(fitting.frames[1], self._data.longest_sound)),
+            )
+            return run(self._model, prompts, grammar, sampling, [next(seeds) for _ in prompts]).cpu()
+
+        return generate
 
     @property
     def _working(self) -> bool:
@@ -109,13 +200,6 @@ class TokenEvaluations:
         if not self._recipe.sharded and ranks > 1:
             report = LossReport.merge(gather_object([report]))
         return report
-
-
-def _ablation_of(task: str) -> tuple[str, Any]:
-    """What is asked of a task: whether it reads its picture or sound, or whether it follows its prompt."""
-    if SEQUENCES[task].target == "text":
-        return "token_ablation", run_token_ablation
-    return "prompt_ablation", run_prompt_ablation
 
 
 def _sections(reports: dict[str, dict[str, Any]], gates: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qwen3_vlm.data.token_batches import TokenBatches, TokenCollator, TokenRecor
 from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.fingerprint import fingerprint_dataset
 from qwen3_vlm.tokenization.sequences import DropCounter, sequence_format, task_names
-from qwen3_vlm.tokenization.token_space import TokenSpace
+from qwen3_vlm.tokenization.token_space import MODALITIES, TokenSpace
 from qwen3_vlm.train.signals import leave_to_parent
 from qwen3_vlm.train.step_plan import MixtureSteps
 
@@ -45,6 +45,13 @@ class TokenSource:
     def num_train(self) -> int:
         """(record, task) pairs to train on."""
         return sum(len(share.indices) for share in self.shares.values())
+
+    @property
+    def longest_sound(self) -> int:
+        """Frames of the longest sound to train on, 0 where there is none."""
+        audio = self.token_space.audio
+        longest = self.train.lengths[:, MODALITIES.index("audio")].max(initial=0)
+        return int(longest) // audio.num_codebooks if audio else 0
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -38,6 +38,15 @@ def test_run_folder(whole_run: Path, dataset: Path) -> None:
     assert {"i2t: shuffled - correct", "a2t: noise - correct", "t2i: prompt empty - correct"} <= by_name.keys()
     assert evidence["token_ablation"].keys() == {"i2t", "a2t"}
     assert evidence["prompt_ablation"].keys() == {"t2i"}
+    assert evidence["decode_success"]["t2i"]["rate"]["value"] == 1.0
+    assert by_name["t2i: decodes"]["samples"] == 2
+    assert not by_name["t2i: decodes"]["passed"], "two samples are no evidence"
+    assert evidence["golden"].keys() == {"i2t", "a2t", "t2i"}
+    items = [
+        json.loads(line) for line in (whole_run / "golden" / "step-000008" / "items.jsonl").read_text().splitlines()
+    ]
+    assert [item["task"] for item in items] == ["i2t", "i2t", "a2t", "a2t", "t2i", "t2i"]
+    assert not any(item["error"] for item in items)
 
 
 def test_only_the_rows_moved_and_they_load(whole_run: Path, dataset: Path) -> None:
@@ -83,9 +92,10 @@ def test_resume_is_exact(
             raise KeyboardInterrupt
         return update(run, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(train_utils, "_update", killed_at)
-        train(token_config(tmp_path / "run", dataset))
+        with pytest.raises(KeyboardInterrupt):
+            train(token_config(tmp_path / "run", dataset))
     train(token_config(tmp_path / "run", dataset))
     assert final_bytes(tmp_path / "run") == final_bytes(whole_run)
     assert metrics(tmp_path / "run") == metrics(whole_run)
@@ -106,8 +116,8 @@ def test_going_on_from_trained_rows(dataset: Path, whole_run: Path, tmp_path: Pa
     train(config)
     line = metrics(tmp_path / "next")[-1]
     assert line["step"] == 1
-    first = [line for line in metrics(tmp_path / "next") if line["kind"] == "train"][0]
-    fresh = [line for line in metrics(whole_run) if line["kind"] == "train"][0]
+    first = next(line for line in metrics(tmp_path / "next") if line["kind"] == "train")
+    fresh = next(line for line in metrics(whole_run) if line["kind"] == "train")
     assert first["loss"] < fresh["loss"]
 
 
