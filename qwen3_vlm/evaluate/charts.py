@@ -13,6 +13,8 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 372, 208  # pixels at full size: three charts side by side
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
 _ROW = 34  # of an interval chart
+_LETTER = 6  # of its labels, about
+STYLES = 6  # colours that the page has
 _MAX_POINTS = 400  # per series; more are averaged in runs
 _LOG_RATIO = 20.0  # a series that spans more than this is drawn on a logarithmic axis
 
@@ -76,7 +78,7 @@ def interval_chart(bars: Sequence[Bar], x_label: str, title: str, threshold: flo
     """A dot and its interval per row, over an axis that begins at zero or below."""
     if not bars:
         return Markup("")
-    height, left = _ROW * len(bars) + _BOTTOM + _TOP, 76
+    height, left = _ROW * len(bars) + _BOTTOM + _TOP, max(76, 22 + _LETTER * max(len(bar.label) for bar in bars))
     ends = [bar.low for bar in bars] + [bar.high for bar in bars] + ([threshold] if threshold is not None else [])
     low, high = _padded(min(0.0, *ends), max(ends), 0.05)
     axis = _Axis(min(0.0, *ends) if min(ends) >= 0 else low, high, left, WIDTH - _RIGHT - 46)

@@ -6,7 +6,6 @@ can be written at any moment of a run. One self-contained file: nothing is loade
 all text is escaped.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -20,9 +19,11 @@ from markupsafe import Markup, escape
 from qwen3_vlm.evaluate.ablation import CONDITIONS
 from qwen3_vlm.evaluate.caption_scores import score_captions
 from qwen3_vlm.evaluate.charts import Bar, Series, interval_chart, line_chart
-from qwen3_vlm.evaluate.gates import MIN_SAMPLES
+from qwen3_vlm.evaluate.gates import MIN_SAMPLES, gate_figures
 from qwen3_vlm.evaluate.golden import GoldenItem
 from qwen3_vlm.evaluate.run_files import Line, RunFiles, is_number, is_picture, read_run
+from qwen3_vlm.evaluate.token_page import condition_charts, golden_tasks, is_token_run, points, task_charts
+from qwen3_vlm.evaluate.word_marks import mark_words
 from qwen3_vlm.storage import atomic_write_text
 
 REPORT_FILE = "report.html"
@@ -64,14 +65,16 @@ def render_report(run: RunFiles) -> str:
         run=run,
         verdict=verdict_of(run, gates),
         tiles=_tiles(run, gates),
-        loss_charts=_loss_charts(run),
+        is_tokens=is_token_run(run),
+        loss_charts=[*_loss_charts(run), *task_charts(run)],
         cost_charts=_cost_charts(run),
         gates=gates,
         gate_chart=_gate_chart(gates),
-        condition_chart=_condition_chart(run),
+        condition_charts=[*_condition_charts(run), *condition_charts(run)],
         gap_history=_gap_history(run),
         order=_order(run),
         golden=_golden_view(run),
+        golden_tasks=golden_tasks(run),
         tables=[_table(table) for table in run.tables],
         costs=_costs(run),
         data=_data_figures(run),
@@ -100,16 +103,36 @@ def verdict_of(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> Verdict:
             f"{gate['name']}: {gate['reason'] or 'below its threshold, or not clear of zero.'}" for gate in failed
         ]
         return Verdict("bad", title, reasons)
-    measured = [gate for gate in gates if all(is_number(gate[key]) for key in ("value", "low", "high"))]
-    details = [
-        f"Without its own picture the model loses at least {gate['value']:.3f} nats per token "
-        f"({gate['name']}; interval {gate['low']:.3f} … {gate['high']:.3f}; {gate['samples']} samples)."
-        for gate in sorted(measured, key=lambda gate: float(gate["value"]))[:1]
-    ]
+    details = _smallest_gap(gates, "its own source or prompt" if is_token_run(run) else "its own picture")
     broken = [name for name, holds in _order(run).items() if not holds]
     if broken:
         details.append(f"The order that a reading model shows does not hold throughout; not so: {', '.join(broken)}.")
-    return Verdict("good", f"The pictures are used: all {len(gates)} gates pass", details)
+    return Verdict("good", f"{_claim(run, gates)}: all {len(gates)} gates pass", details)
+
+
+def _claim(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> str:
+    """What gates that all pass say, and no more than that."""
+    if not is_token_run(run):
+        return "The pictures are used"
+    claims = {"equal": "the base is as it was", "gap": "sources and prompts are used", "rate": "all of it decodes"}
+    kinds = [kind for kind in claims if any(gate["kind"] == kind for gate in gates)]
+    sentence = ", ".join(claims[kind] for kind in kinds)
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _smallest_gap(gates: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    """A sentence on the gap that is nearest to nothing."""
+    return [
+        f"Without {what} the model loses at least {gap['value']:.3f} nats per token "
+        f"({gap['name']}; interval {gap['low']:.3f} … {gap['high']:.3f}; {gap['samples']} samples)."
+        for gap in sorted(_measured_gaps(gates), key=lambda gap: float(gap["value"]))[:1]
+    ]
+
+
+def _measured_gaps(gates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The gates on a loss, those that were measured."""
+    keys = ("value", "low", "high")
+    return [gate for gate in gates if gate["kind"] == "gap" and all(is_number(gate[key]) for key in keys)]
 
 
 def cell(value: Any) -> Markup:
@@ -123,18 +146,6 @@ def cell(value: Any) -> Markup:
     if isinstance(value, float):
         return escape(f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}")
     return escape("–" if value is None else str(value))
-
-
-def mark_words(prediction: str, reference: str) -> Markup:
-    """The prediction with the words that are not in the reference, or not at that place, marked."""
-    words, wanted = prediction.split(), reference.split()
-    matcher = difflib.SequenceMatcher(a=wanted, b=words, autojunk=False)
-    parts = []
-    for kind, _, _, start, stop in matcher.get_opcodes():
-        text = escape(" ".join(words[start:stop]))
-        if text:
-            parts.append(text if kind == "equal" else Markup("<mark>{}</mark>").format(text))
-    return Markup(" ").join(parts)
 
 
 def _rich_cell(value: Mapping[str, Any]) -> Markup:
@@ -173,9 +184,18 @@ def _gate_of_line(name: str, line: Line, threshold: Any) -> dict[str, Any]:
 
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
+    """A gate with what the page needs of any kind; `found` and `asked` are cells."""
     keys = ("name", "value", "low", "high", "threshold", "samples", "win_rate", "win_rate_low", "win_rate_high")
     values = {key: gate.get(key) for key in keys}
     values["name"] = str(values["name"] or "gate").replace(" - ", " − ")  # a minus, where people read it
+    values["kind"] = kind = str(gate.get("kind", "gap"))
+    interval = {"low": values["low"], "high": values["high"]}
+    values["found"] = {"value": values["value"], **interval}
+    values["asked"] = values["threshold"]
+    if is_number(values["value"]) and kind == "rate":
+        values |= {"found": {"percent": values["value"], **interval}, "asked": {"percent": values["threshold"]}}
+    if is_number(values["value"]) and kind == "equal":
+        values |= {"found": gate_figures(gate), "asked": "none"}
     return {**values, "passed": gate.get("passed") is True, "reason": str(gate.get("reason") or "")}
 
 
@@ -187,11 +207,15 @@ def _tiles(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> list[tuple[str,
     if evaluations:
         first, last = evaluations[0]["loss"], evaluations[-1]["loss"]
         tiles.append(("evaluation loss", f"{first:.2f} → {last:.2f}" if len(evaluations) > 1 else f"{last:.2f}"))
-    if gates and all(is_number(gate["value"]) for gate in gates):
-        tiles.append(("smallest gap, nats per token", f"{min(gate['value'] for gate in gates):.2f}"))
+    gaps = [gate["value"] for gate in gates if gate["kind"] == "gap"]
+    if gaps and all(map(is_number, gaps)):
+        tiles.append(("smallest gap, nats per token", f"{min(gaps):.2f}"))
     if run.golden:
         items = list(run.golden.values())[-1]
         tiles.append(("golden answers exact", f"{sum(item.exact for item in items)} of {len(items)}"))
+    if run.token_golden:
+        generated = list(run.token_golden.values())[-1]
+        tiles.append(("golden samples decoded", f"{sum(not item.error for item in generated)} of {len(generated)}"))
     seconds = _total_seconds(run)
     if seconds:
         tiles.append(("training time", duration(seconds)))
@@ -204,14 +228,14 @@ def _tiles(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> list[tuple[str,
 def _loss_charts(run: RunFiles) -> list[Markup]:
     quick, full = run.of_kind("quick_eval"), run.of_kind("eval", "final")
     loss = [
-        Series("training", _points(run.of_kind("train"), "loss"), 3),
-        Series("quick evaluation", _points(quick, "loss"), 0, dots=True),
-        Series("full evaluation", _points(full, "loss"), 1, dots=True),
+        Series("training", points(run.of_kind("train"), "loss"), 3),
+        Series("quick evaluation", points(quick, "loss"), 0, dots=True),
+        Series("full evaluation", points(full, "loss"), 1, dots=True),
     ]
     labels = {"loss_le10": "≤ 10 tokens", "loss_11_20": "11–20", "loss_ge21": "≥ 21"}
-    longer = max((full, quick), key=lambda lines: sum(len(_points(lines, key)) for key in labels))  # one set, not both
+    longer = max((full, quick), key=lambda lines: sum(len(points(lines, key)) for key in labels))  # one set, not both
     buckets = [
-        Series(label, _points(longer, key), style, dots=True) for style, (key, label) in enumerate(labels.items())
+        Series(label, points(longer, key), style, dots=True) for style, (key, label) in enumerate(labels.items())
     ]
     exact = [(float(step), float(sum(item.exact for item in items))) for step, items in run.golden.items()]
     charts = [
@@ -225,7 +249,7 @@ def _loss_charts(run: RunFiles) -> list[Markup]:
 def _cost_charts(run: RunFiles) -> list[Markup]:
     train = run.of_kind("train")
     charts = [
-        line_chart([Series(title, _points(train, key), 0)], "optimizer step", "", title, straight=key != "grad_norm")
+        line_chart([Series(title, points(train, key), 0)], "optimizer step", "", title, straight=key != "grad_norm")
         for key, title in (
             ("tokens_per_second", "Real tokens / s"),
             ("peak_memory_mib", "Peak memory, MiB"),
@@ -237,9 +261,12 @@ def _cost_charts(run: RunFiles) -> list[Markup]:
 
 
 def _gate_chart(gates: Sequence[Mapping[str, Any]]) -> Markup:
-    bars = [Bar(gate["name"].removesuffix(" − correct"), gate["value"], gate["low"], gate["high"], gate["passed"])
-            for gate in gates if all(is_number(gate[key]) for key in ("value", "low", "high"))]  # fmt: skip
-    thresholds = {gate["threshold"] for gate in gates if is_number(gate["threshold"])}
+    gaps = _measured_gaps(gates)
+    bars = [
+        Bar(gap["name"].removesuffix(" − correct"), gap["value"], gap["low"], gap["high"], gap["passed"])
+        for gap in gaps
+    ]
+    thresholds = {gap["threshold"] for gap in gaps if is_number(gap["threshold"])}
     title = "Gap: loss − loss(correct)"
     return interval_chart(bars, "nats per token", title, thresholds.pop() if len(thresholds) == 1 else None)
 
@@ -249,19 +276,19 @@ def _order(run: RunFiles) -> dict[str, bool]:
     return {str(name): holds is True for name, holds in order.items()}
 
 
-def _condition_chart(run: RunFiles) -> Markup:
+def _condition_charts(run: RunFiles) -> list[Markup]:
     losses = _mapping(_mapping(run.evidence.get("ablation")).get("losses"))
     rows = [(name, _mapping(losses.get(name))) for name in CONDITIONS]
     bars = [Bar(name, row["value"], row["low"], row["high"], True if name == "correct" else None)
             for name, row in rows if all(is_number(row.get(key)) for key in ("value", "low", "high"))]  # fmt: skip
-    return interval_chart(bars, "nats per token", "Loss under each condition")
+    return [interval_chart(bars, "nats per token", "Loss under each condition")] if bars else []
 
 
 def _gap_history(run: RunFiles) -> Markup:
     lines = run.of_kind("ablation")
     if len(lines) < 2:
         return Markup("")
-    series = [Series(name, _points(lines, f"gap_{name}"), style, dots=True) for style, name in enumerate(_GATE_KEYS)]
+    series = [Series(name, points(lines, f"gap_{name}"), style, dots=True) for style, name in enumerate(_GATE_KEYS)]
     return line_chart(series, "optimizer step", "nats per token", "Gaps while training")
 
 
@@ -304,8 +331,8 @@ def _table(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _costs(run: RunFiles) -> list[tuple[str, str]]:
     train, final = run.of_kind("train"), run.last("final")
-    rates = sorted(value for _, value in _points(train, "tokens_per_second"))
-    peaks = [value for _, value in _points([*train, *run.of_kind("final")], "peak_memory_mib")]
+    rates = sorted(value for _, value in points(train, "tokens_per_second"))
+    peaks = [value for _, value in points([*train, *run.of_kind("final")], "peak_memory_mib")]
     figures = [
         ("optimizer steps", f"{run.step:,}"),
         ("time", duration(seconds) if (seconds := _total_seconds(run)) else None),
@@ -355,11 +382,7 @@ def duration(seconds: float) -> str:
 def _total_seconds(run: RunFiles) -> float:
     """The run's own total, or the sum of its lines' seconds."""
     total = run.last("final").get("seconds")
-    return float(total) if is_number(total) else sum(value for _, value in _points(run.of_kind("train"), "seconds"))
-
-
-def _points(lines: Sequence[Line], key: str) -> list[tuple[float, float]]:
-    return [(float(line["step"]), float(line[key])) for line in lines if is_number(line.get(key))]
+    return float(total) if is_number(total) else sum(value for _, value in points(run.of_kind("train"), "seconds"))
 
 
 def _eval_config(run: RunFiles) -> dict[str, Any]:

@@ -17,15 +17,18 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from qwen3_vlm.errors import ConfigError, DataError
-from qwen3_vlm.evaluate.golden import THUMBNAILS_FILE, GoldenItem, read_golden
+from qwen3_vlm.evaluate.golden import THUMBNAILS_FILE, GoldenItem, Item, read_items
+from qwen3_vlm.evaluate.golden_media import Media, read_media
+from qwen3_vlm.evaluate.token_golden import ENDINGS, ITEMS_FILE, REFERENCE_FOLDER, TokenGoldenItem
 
 MAX_FILE_BYTES = 200_000_000
+ADD_ON_FOLDERS = ("connector", "rows")  # of which a run has one
 _DATA_URI = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
 
 Line = dict[str, Any]
@@ -43,6 +46,8 @@ class RunFiles:
     skipped: dict[str, int] = field(default_factory=dict)  # reason → records
     golden: dict[int, list[GoldenItem]] = field(default_factory=dict)  # step → items
     thumbnails: dict[str, list[str]] = field(default_factory=dict)  # id → data URIs
+    token_golden: dict[int, list[TokenGoldenItem]] = field(default_factory=dict)  # the same of a token LM
+    media: dict[str, Media] = field(default_factory=dict)  # name below golden/ → its pictures and sounds
     tables: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -70,7 +75,8 @@ def read_run(folder: str | Path) -> RunFiles:
         raise ConfigError(f"{folder} is not a folder; a report is written of the output_dir of a run.")
     if not (folder / "config.yaml").exists() and not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder} has neither config.yaml nor metrics.jsonl; give the output_dir of a run.")
-    evidence = _object(folder / "connector" / "evidence.json")
+    evidence = next((tree for name in ADD_ON_FOLDERS if (tree := _object(folder / name / "evidence.json"))), {})
+    token_golden = _golden(folder / "golden", f"step-*/{ITEMS_FILE}", TokenGoldenItem)
     return RunFiles(
         name=folder.resolve().name,
         config_text=_text(folder / "config.yaml"),
@@ -78,8 +84,10 @@ def read_run(folder: str | Path) -> RunFiles:
         evidence=evidence,
         environment=_object(folder / "environment.json") or _mapping(evidence.get("environment")),
         skipped=dict(Counter(str(line.get("reason", "unknown")) for line in _json_lines(folder / "skipped.jsonl"))),
-        golden=_golden(folder / "golden"),
+        golden=_golden(folder / "golden", "step-*.jsonl", GoldenItem),
         thumbnails=_thumbnails(folder / "golden" / THUMBNAILS_FILE),
+        token_golden=token_golden,
+        media=read_media(folder / "golden", _media_names(token_golden)),
         tables=_tables(folder / "results"),
     )
 
@@ -105,16 +113,32 @@ def _metric_lines(path: Path) -> dict[str, list[Line]]:
     return kinds
 
 
-def _golden(folder: Path) -> dict[int, list[GoldenItem]]:
+def _golden(folder: Path, pattern: str, kind: type[Item]) -> dict[int, list[Item]]:
+    """Step → items of the dumps that the pattern finds; "step-000123" is part of each path."""
     dumps = {}
-    for path in folder.glob("step-*.jsonl"):
-        number = path.stem.removeprefix("step-")
+    for path in folder.glob(pattern):
+        number = path.relative_to(folder).parts[0].removeprefix("step-").removesuffix(".jsonl")
         try:
-            if number.isdecimal() and (items := read_golden(path)):
+            if number.isdecimal() and (items := read_items(path, kind)):
                 dumps[int(number)] = items
         except DataError:
             continue  # a damaged dump must not hide the rest of the run
     return dict(sorted(dumps.items()))
+
+
+def _media_names(dumps: Mapping[int, list[TokenGoldenItem]]) -> Iterator[str]:
+    """What can be shown, the newest first: later steps matter more, if not all fits a page."""
+    for number, (step, items) in enumerate(reversed(list(dumps.items()))):
+        for item in items:
+            if item.prediction_file and (not number or item.prediction_file.endswith(ENDINGS["image"])):
+                yield media_name(step, item.prediction_file)
+            if not number:
+                yield from (f"{REFERENCE_FOLDER}/{name}" for name in (item.source_file, item.reference_file) if name)
+
+
+def media_name(step: int, name: str) -> str:
+    """The key in `RunFiles.media` of what was generated at a step."""
+    return f"step-{step:06d}/{name}"
 
 
 def _thumbnails(path: Path) -> dict[str, list[str]]:

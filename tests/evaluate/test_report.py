@@ -13,8 +13,9 @@ from qwen3_vlm.config import RunConfig, dump_yaml
 from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.evaluate.environment import describe_environment
 from qwen3_vlm.evaluate.golden import GoldenItem, thumbnail_uri
-from qwen3_vlm.evaluate.report import cell, duration, gates_of, mark_words, verdict_of, write_report
+from qwen3_vlm.evaluate.report import cell, duration, gates_of, verdict_of, write_report
 from qwen3_vlm.evaluate.run_files import read_run
+from qwen3_vlm.evaluate.word_marks import mark_words
 from tests.evaluate.helpers import picture
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
