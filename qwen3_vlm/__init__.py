@@ -1,4 +1,4 @@
-"""Teach a frozen text-only Qwen3 to see and hear, by training and shipping a small add-on.
+"""Teach a frozen text-only Qwen3 to see, hear, draw and speak, by training and shipping a small add-on.
 
 Only the public names are here. Each is imported when it is first asked for, so that `import qwen3_vlm`
 costs nothing and does not import torch.
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qwen3_vlm.config import RunConfig, load_config
     from qwen3_vlm.errors import Qwen3VLMError
     from qwen3_vlm.evaluate.captioning import caption_images
+    from qwen3_vlm.generate.generation import generate_audio, generate_image, generate_text
     from qwen3_vlm.models import (
         MLPProjector,
         PerceiverResampler,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         Qwen3VLMModel,
         Qwen3VLMProcessor,
     )
+    from qwen3_vlm.models.token_lm import TokenLM
     from qwen3_vlm.tokenization.token_space import TokenSpace
     from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
     from qwen3_vlm.train.add_ons import load_vlm
@@ -34,9 +36,13 @@ _HOMES = {
     "Qwen3VLMModel": "qwen3_vlm.models",
     "Qwen3VLMProcessor": "qwen3_vlm.models",
     "RunConfig": "qwen3_vlm.config",
+    "TokenLM": "qwen3_vlm.models.token_lm",
     "TokenSpace": "qwen3_vlm.tokenization.token_space",
     "UnifiedTokenizer": "qwen3_vlm.tokenization.unified_tokenizer",
     "caption_images": "qwen3_vlm.evaluate.captioning",
+    "generate_audio": "qwen3_vlm.generate.generation",
+    "generate_image": "qwen3_vlm.generate.generation",
+    "generate_text": "qwen3_vlm.generate.generation",
     "load_config": "qwen3_vlm.config",
     "load_vlm": "qwen3_vlm.train.add_ons",
 }
@@ -50,10 +56,14 @@ __all__ = [
     "Qwen3VLMModel",
     "Qwen3VLMProcessor",
     "RunConfig",
+    "TokenLM",
     "TokenSpace",
     "UnifiedTokenizer",
     "__version__",
     "caption_images",
+    "generate_audio",
+    "generate_image",
+    "generate_text",
     "load_config",
     "load_vlm",
 ]
