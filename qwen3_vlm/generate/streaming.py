@@ -4,9 +4,10 @@ The library's `generate` pushes ids to a streamer; here it runs in a thread of i
 Whoever stops pulling stops the generation.
 
 A codec's samples depend on frames around them, those to come included. So a piece of sound is given once the frames
-that could still change it are there: how many that are is measured on the codec (`unsettled_frames`), 0 for a causal
-one. Each clip is decoded from its beginning, because recurrent codecs remember all of it. The pieces together are
-what `decode_audio` makes of all ids, to about half a step of a 16-bit sample.
+that could still change it are there. How many that are is measured on the codec (`unsettled_frames`): none for Mimi, a
+few for EnCodec, whose sounds begin with a reflection of what follows, some twenty for DAC. Each clip is decoded from
+its beginning, because recurrent codecs remember all of it. The pieces together are what `decode_audio` makes of all
+ids, to about half a step of a 16-bit sample.
 
 Shapes: B rows, A channels, S samples, K codebooks, F frames.
 """
@@ -33,7 +34,7 @@ from qwen3_vlm.tokenization.waveforms import Waveform
 __all__ = ["IdStreamer", "SoundPieces", "stream_audio", "stream_ids", "unsettled_frames"]
 
 SETTLED = 2.0**-16  # of full scale: half a step of a 16-bit sample
-PROBE_FRAMES = 64
+PROBES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # frames
 
 
 class IdStreamer(BaseStreamer):
@@ -177,21 +178,25 @@ class SoundPieces:
 def unsettled_frames(tokenizer: UnifiedTokenizer) -> int:
     """How many frames at the end of a sound sound otherwise once more frames follow, by more than `SETTLED`.
 
-    Measured on random codes: half of them decoded with and without the other half. Where the change reaches far
-    into the first half, a codec may need all of it: then a clip is given as a whole.
+    Measured on random codes: beginnings of several lengths, decoded alone and as a part of the whole. Where most of
+    a beginning can change, a codec may need all of it: then a clip is given as a whole.
     """
     codec: Any = tokenizer.audio_codec
     identity: Any = tokenizer.token_space.audio
-    half = min(PROBE_FRAMES, identity.frames_per_clip // 2)
     random = np.random.Generator(np.random.PCG64(0))
-    codes = np.stack([random.integers(0, size, 2 * half) for size in codec.codebook_sizes])[None]  # (1, K, 2F)
-    if not half:
-        return int(identity.frames_per_clip)
-    alone = codec.decode(codes[:, :, :half])[0]  # (A, S)
-    followed = codec.decode(codes)[0][:, : alone.shape[1]]
-    changed = np.abs(alone - followed).reshape(len(alone), half, -1).max(axis=(0, 2)) > SETTLED  # (F,)
-    unsettled = half - int(np.argmax(changed)) if changed.any() else 0
-    return unsettled if unsettled <= half * 3 // 4 else int(identity.frames_per_clip)
+    frames = min(2 * PROBES[-1], identity.frames_per_clip)
+    codes = np.stack([random.integers(0, size, frames) for size in codec.codebook_sizes])[None]  # (1, K, F)
+    whole = codec.decode(codes)[0]  # (A, S)
+    unsettled = 0
+    for length in PROBES:
+        if 2 * length > frames:
+            break
+        alone = codec.decode(codes[:, :, :length])[0]
+        changes = np.abs(alone - whole[:, : alone.shape[1]]).reshape(len(alone), length, -1)
+        changed = changes.max(axis=(0, 2)) > SETTLED  # (F,)
+        unsettled = max(unsettled, length - int(np.argmax(changed)) if changed.any() else 0)
+    unsettled += -(-unsettled // 8)  # a longer search finds a frame or two more
+    return unsettled if unsettled <= frames * 3 // 8 else int(identity.frames_per_clip)
 
 
 class _Stopped(StoppingCriteria):
