@@ -39,7 +39,7 @@ ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/sta
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as optim.learning_rate=2e-4.")
 ]
-Llm = Annotated[str | None, typer.Option(help="LLM to use instead of the one that connector.json names.")]
+Llm = Annotated[str | None, typer.Option(help="LLM to use instead of the one that the add-on names.")]
 Tower = Annotated[str | None, typer.Option(help="Vision tower to use instead of the one in connector.json.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a base from the hub.")]
 
@@ -176,17 +176,21 @@ def golden_diff(
 
 @app.command()
 def export(
-    directory: Annotated[Path, typer.Argument(help="Connector directory.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(help="Connector directory or trainable-rows folder.", show_default=False)
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     llm: Llm = None,
     vision_tower: Tower = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights, for rows; else the one of the training.")] = None,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Write bases and connector as one Hugging Face folder that loads with trust_remote_code, without this package."""
-    from qwen3_vlm.train.add_ons import export_vlm
+    """Write an add-on and its bases as one Hugging Face folder that loads without this package."""
+    from qwen3_vlm.train.export_rows import export_add_on
 
     quiet_loading()
-    print(export_vlm(directory, out, llm=llm, vision_tower=vision_tower, trust_remote_code=trust_remote_code))
+    options: Any = {"llm": llm, "vision_tower": vision_tower, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    print(export_add_on(directory, out, **options))
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_vlm.errors import AddOnError, BaseMismatchError, ModelError, TamperedFileError
+from qwen3_vlm.errors import AddOnError, BaseMismatchError, ModelError, StorageError, TamperedFileError
 from qwen3_vlm.fingerprint import Role, differences, fingerprint_file, fingerprint_folder, resolve_folder
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "name_findings",
     "named_dtype",
     "refuse_differences",
+    "require_new_folder",
     "tensor_findings",
 ]
 
@@ -126,6 +127,18 @@ def base_folder(source: str | Path, section: str, folder: Path, *, download: boo
     except ModelError as problem:
         option = "--llm" if section == "llm" else "--vision-tower"
         raise ModelError(f"{problem} {folder} was trained on it; say where it is with {option}.") from problem
+
+
+def require_new_folder(path: str | Path) -> Path:
+    """The folder that an export shall become, which is not there yet or empty.
+
+    Raises:
+        StorageError: there is something in it, or it is a file.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} already exists and is not empty; choose another name for the export.")
+    return target
 
 
 def named_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from qwen3_vlm.errors import AddOnError, StorageError
+from qwen3_vlm.errors import AddOnError
 from qwen3_vlm.models.add_on_files import (
     EVIDENCE,
     base_folder,
@@ -24,6 +24,7 @@ from qwen3_vlm.models.add_on_files import (
     describe_files,
     named_dtype,
     refuse_differences,
+    require_new_folder,
     tensor_findings,
 )
 from qwen3_vlm.models.bases import load_bases
@@ -188,9 +189,7 @@ def export_vlm(
         StorageError: the disk is full or can't be written, or `out` is a folder with other files in it.
         AddOnError, ModelError: see `load_vlm`.
     """
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} already exists and is not empty; choose another name for the export.")
+    target = require_new_folder(out)
     model, processor = load_vlm(directory, llm, vision_tower, trust_remote_code=trust_remote_code)
     with atomic_directory(target) as folder:
         model.save_pretrained(folder)

@@ -66,11 +66,21 @@ def verify_add_on(
         AddOnError: it is neither; and what the two raise.
     """
     options: Any = {"gates": gates, "trust_remote_code": trust_remote_code}
-    if not has_rows(directory):
-        return verify_connector(directory, llm, vision_tower, **options)
-    if vision_tower is not None:
+    if holds_rows(directory, vision_tower):
+        return verify_rows(directory, llm, **options)
+    return verify_connector(directory, llm, vision_tower, **options)
+
+
+def holds_rows(directory: str | Path, vision_tower: str | Path | None = None) -> bool:
+    """Whether a folder or hub id is one of trainable rows; else it is taken for a connector.
+
+    Raises:
+        ConfigError: it is, and a vision tower is given.
+    """
+    found = has_rows(directory)
+    if found and vision_tower is not None:
         raise ConfigError(f"{directory} holds trainable rows, which have no vision tower; leave --vision-tower out.")
-    return verify_rows(directory, llm, **options)
+    return found
 
 
 def verify_rows(
@@ -105,7 +115,7 @@ def verify_rows(
         Check("rows", True, f"{' and '.join(rows)} of ids {_ids(info)}, {count:,} parameters, all finite"),
         _verify_llm(llm, info, folder, trust_remote_code),
     ]
-    found = _recorded_gates(folder)
+    found = recorded_gates(folder)
     if gates:
         _require_gates(folder, found, ROW_GATES)
     return VerifyReport(folder, (*checks, *found))
@@ -144,7 +154,7 @@ def verify_connector(
     ]
     for section, given in (("llm", llm), ("vision_tower", vision_tower)):
         checks.append(_verify_base(section, given, info, folder, trust_remote_code))
-    found = _recorded_gates(folder)
+    found = recorded_gates(folder)
     if gates:
         _require_gates(folder, found)
     return VerifyReport(folder, (*checks, *found))
@@ -201,7 +211,7 @@ def _evidence_check(info: Mapping[str, Any]) -> Check:
     return Check("evidence", True, f"{EVIDENCE} has the {written['bytes']:,} bytes that were written")
 
 
-def _recorded_gates(folder: Path) -> list[Check]:
+def recorded_gates(folder: Path) -> list[Check]:
     """The gates of evidence.json, judged by their figures; one open line where there are none."""
     gates = read_json(folder / EVIDENCE, error=AddOnError).get("gates")
     try:
