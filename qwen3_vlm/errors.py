@@ -10,8 +10,8 @@
     ├── TokenError             an input that can't become ids, or ids that can't become an input
     ├── ModelError             a model, a tokenizer or their inputs that do not fit each other
     │   └── DivergenceError    a training whose gradients are no longer finite
-    ├── AddOnError             a connector directory that can't be used
-    │   ├── BaseMismatchError  made for another base, tokenizer or chat template
+    ├── AddOnError             an add-on's folder that can't be used
+    │   ├── BaseMismatchError  made for another base, tokenizer, template or token space
     │   └── TamperedFileError  its bytes are not those that were written
     ├── CheckpointError        a training state that can't be resumed
     ├── TrainabilityError      gradients did not reach exactly what the stage trains
@@ -103,7 +103,7 @@ class DivergenceError(ModelError):
 
 
 class AddOnError(Qwen3VLMError):
-    """A connector directory that can't be used; names the directory."""
+    """An add-on's folder that can't be used; names it."""
 
 
 class BaseMismatchError(AddOnError):

@@ -64,7 +64,9 @@ def _abilities(space: TokenSpace) -> list[str]:
 
 def _training(info: Mapping[str, Any]) -> str:
     stage, step = info.get("stage"), info.get("step")
-    return f" (stage `{stage}`, step {step:,})" if isinstance(stage, str) and isinstance(step, int) else ""
+    if not isinstance(stage, str) or not isinstance(step, int):
+        return ""
+    return f" (stage `{' '.join(stage.split())}`, step {step:,})"
 
 
 def _example(space: TokenSpace, names: Sequence[str]) -> str:

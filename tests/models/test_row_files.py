@@ -2,10 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from qwen3_vlm.errors import (
     TokenSpaceError,
 )
 from qwen3_vlm.fingerprint import fingerprint_file, fingerprint_folder
+from qwen3_vlm.models.add_on_files import named_dtype
+from qwen3_vlm.models.row_base import base_differences
 from qwen3_vlm.models.row_files import (
+    check_layout,
     describe_base,
     load_rows,
     load_token_lm,
@@ -33,7 +37,10 @@ from qwen3_vlm.models.row_files import (
 )
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.token_space import ImageIdentity, TokenSpace
+from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
+from qwen3_vlm.tokenization.uti_config import AudioConfig, ImageConfig, TextConfig, UTIConfig
 from tests.tiny import save_tiny_llm, save_tiny_rows, tiny_row_space
+from tests.tokenization.tiny_models import save_tiny
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -393,3 +400,48 @@ def test_a_hub_id_is_downloaded_by_its_files(rows: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert TokenLM.from_add_on("owner/rows").token_space.sha256 == read_rows_info(rows)["token_space_sha256"]
     assert asked == [["trainable_rows.*", "token_space.*", "uti.yaml", "evidence.json"]]
+
+
+def paths_of(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, child in children:
+        yield from paths_of(child, (*path, key))
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", "\udcff", -1, 10**30, 1e308, True, [{}], {"sha256": {}}])
+def test_any_field_may_hold_anything(rows: Path, llm: Path, value: Any) -> None:
+    """Each field of trainable_rows.json in turn: it is refused in a sentence, or changes nothing that matters."""
+    base = describe_base(llm)
+    good = (rows / "trainable_rows.json").read_text()
+    for path in list(paths_of(json.loads(good)))[1:]:
+        tree = json.loads(good)
+        place = tree
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        (rows / "trainable_rows.json").write_text(json.dumps(tree))
+        try:
+            info = read_rows_info(rows)
+            check_layout(rows, info)
+            base_differences(info, base)
+            named_dtype(info["base_dtype"])
+        except Qwen3VLMError as error:
+            str(error).encode("utf-8", "backslashreplace")
+
+
+def test_the_folder_opens_its_tokenizers(llm: Path, tmp_path: Path) -> None:
+    image, audio = save_tiny(tmp_path / "image", "janus_vqvae"), save_tiny(tmp_path / "audio", "dac")
+    config = UTIConfig(
+        text=TextConfig(tokenizer=str(llm)),
+        image=ImageConfig(source=str(image)),
+        audio=AudioConfig(type="dac", source=str(audio), clip_seconds=1.0),
+    )
+    uti = UnifiedTokenizer.open(config)
+    uti.save(tmp_path / "space")
+    model = TokenLM.grow(AutoModelForCausalLM.from_pretrained(llm), uti.token_space)
+    folder = save_rows(tmp_path / "rows", model, describe_base(llm), uti=tmp_path / "space")
+    opened = UnifiedTokenizer.open(folder)
+    assert opened.token_space == TokenLM.from_add_on(folder).token_space == uti.token_space
+    pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    assert opened.encode_image(pixels).ids.tolist() == uti.encode_image(pixels).ids.tolist()
