@@ -5,6 +5,9 @@
     DIR/audio/voice/…              DIR/manifest_voice.jsonl           the same captions, in the held-out voice
     DIR/audio/names/…              DIR/manifest_names.jsonl           names of drawings
     DIR/audio/names_unseen/…       DIR/manifest_names_unseen.jsonl    held-out names
+    DIR/audio/phrases/…            DIR/manifest_phrases.jsonl         `a cat`, `a small cat`, `a cat and a horse`
+    DIR/audio/phrases_unseen/…     DIR/manifest_phrases_unseen.jsonl  held-out pairs, and known phrases in another voice
+    DIR/audio/phrases_voice/…      DIR/manifest_phrases_voice.jsonl   in the held-out voice
 
 One JSON object a line: `{"id", "source", "modalities": {"image", "audio"}, "text", "task", "meta"}`, with paths
 relative to the manifest. The pictures are those of the other records; none is written twice.
@@ -15,13 +18,25 @@ import random
 import wave
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen3_vlm.demo.voices import HELD_OUT_VOICE, SAMPLING_RATE, TRAINING_VOICES, Line, Wave, phrase_is_held_out, vary
+from qwen3_vlm.demo.voices import (
+    HELD_OUT_VOICE,
+    SAMPLING_RATE,
+    TRAINING_VOICES,
+    Line,
+    Voice,
+    Wave,
+    phrase_is_held_out,
+    telling_is_held_out,
+    trimmed,
+    vary,
+)
+from qwen3_vlm.demo.world import PHRASE_KINDS, sample_phrases
 
 SOURCE = "qwen3-vlm-demo"
 
@@ -31,7 +46,7 @@ class Captioned:
     """A picture that is on disk, and the words that go with it."""
 
     id: str
-    image: str  # relative to the data set
+    image: str  # relative to the data set; "": there is none
     text: str
 
 
@@ -50,6 +65,27 @@ def write_speech(folder: Path, written: dict[str, list[Captioned]], train: int, 
         _write_part(folder, part, lines)
 
 
+def write_phrases(folder: Path, train: int, unseen: int, seed: int) -> None:
+    """Speak short phrases in equal parts of each kind, without the silence around them."""
+    rng = random.Random(f"phrases-{seed}")
+    parts = {
+        "phrases": islice(_phrases(rng, TRAINING_VOICES, unseen=False), train),
+        "phrases_unseen": islice(_phrases(rng, TRAINING_VOICES, unseen=True), unseen),
+        "phrases_voice": islice(_phrases(rng, (HELD_OUT_VOICE,), unseen=False), unseen),
+    }
+    for part, lines in parts.items():
+        _write_part(folder, part, lines)
+
+
+def _phrases(rng: random.Random, voices: tuple[Voice, ...], unseen: bool) -> Iterator[tuple[Captioned, Line]]:
+    """Endless; what is held out is a pair of objects, or that a known voice says a known phrase."""
+    for kind, name in cycle(enumerate(PHRASE_KINDS)):
+        text, voice = sample_phrases(rng, unseen)[kind], rng.choice(voices)
+        while name != "pair" and voice != HELD_OUT_VOICE and telling_is_held_out(text, voice) != unseen:
+            text, voice = sample_phrases(rng, unseen)[kind], rng.choice(voices)
+        yield Captioned("", "", text), vary(text, voice, rng)
+
+
 def _in_training_voices(pictures: Iterable[Captioned], rng: random.Random) -> Iterator[tuple[Captioned, Line]]:
     for picture in pictures:
         yield picture, vary(picture.text, rng.choice(TRAINING_VOICES), rng)
@@ -66,7 +102,8 @@ def _write_part(folder: Path, part: str, lines: Iterable[tuple[Captioned, Line]]
     records = []
     for index, (picture, line) in enumerate(lines):
         audio = f"audio/{part}/{index:06d}.wav"
-        write_wav(folder / audio, line.speak().wave)
+        sound = line.speak().wave
+        write_wav(folder / audio, sound if picture.image else trimmed(sound))
         records.append(json.dumps(manifest_record(f"{part}-{index:06d}", picture, audio, line)))
     if records:
         (folder / f"manifest_{part}.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
@@ -74,14 +111,15 @@ def _write_part(folder: Path, part: str, lines: Iterable[tuple[Captioned, Line]]
 
 def manifest_record(identity: str, picture: Captioned, audio: str, line: Line) -> dict[str, Any]:
     """A line of a raw manifest; any task can be made of it, so it names none."""
+    images, meta = ({"image": picture.image}, {"picture": picture.id}) if picture.image else ({}, {})
     return {
         "id": identity,
         "source": SOURCE,
-        "modalities": {"image": picture.image, "audio": audio},
+        "modalities": {**images, "audio": audio},
         "text": picture.text,
         "task": None,
         "meta": {
-            "picture": picture.id,
+            **meta,
             "voice": line.voice.name,
             "words_per_minute": line.words_per_minute,
             "pitch": line.pitch,

@@ -26,6 +26,7 @@ Wave = NDArray[np.float32]  # (samples,), mono, −1…1
 
 SAMPLING_RATE = 16_000
 HELD_OUT_TENTHS = 1
+AUDIBLE = 0.01  # of full scale
 ACROSS = 0.15  # how far words a minute and pitch vary around a voice's own
 _RETRIEVAL, _CHARS_UTF8, _POSITION_CHARACTER = 1, 1, 1
 _PHONEME_EVENTS, _DO_NOT_EXIT = 0x0001, 0x8000
@@ -96,6 +97,20 @@ def phrase_is_held_out(phrase: str) -> bool:
     """A tenth of all phrases, by hash: the same on every machine."""
     digest = hashlib.sha256(f"spoken {phrase}".encode()).digest()
     return digest[0] % 10 < HELD_OUT_TENTHS
+
+
+def telling_is_held_out(phrase: str, voice: Voice) -> bool:
+    """A tenth of all phrases in a voice, by hash: both are known, but not together."""
+    digest = hashlib.sha256(f"{phrase} {voice.name}".encode()).digest()
+    return digest[0] % 10 < HELD_OUT_TENTHS
+
+
+def trimmed(wave: Wave) -> Wave:
+    """Without the silence around it, but for 20 ms before and 40 ms after."""
+    loud = np.flatnonzero(np.abs(wave) > AUDIBLE)
+    if not len(loud):
+        return wave
+    return wave[max(0, loud[0] - SAMPLING_RATE // 50) : loud[-1] + SAMPLING_RATE // 25]
 
 
 def speak(text: str, voice: Voice, *, words_per_minute: int | None = None, pitch: int | None = None) -> Wave:

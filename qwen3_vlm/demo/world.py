@@ -217,3 +217,14 @@ def scenes(seed: str, mix: dict[Layout, float] | None = None, unseen: bool = Fal
         scene = sample_scene(rng, mix or (UNSEEN_MIX if unseen else TRAIN_MIX))
         if scene.has_held_out_pair() == unseen:
             yield scene
+
+
+PHRASE_KINDS = ("name", "sized", "pair")
+
+
+def sample_phrases(rng: random.Random, unseen: bool = False) -> tuple[str, str, str]:
+    """One of each kind: `a cat`, `a small cat`, `a cat and a horse`; with `unseen` the pair is a held-out one."""
+    first, second = rng.sample(NAMES, 2)
+    while is_held_out(frozenset((first, second))) != unseen:
+        first, second = rng.sample(NAMES, 2)
+    return f"a {first}", f"a {rng.choice(SIZE_WORDS)} {first}", f"a {first} and a {second}"

@@ -5,14 +5,16 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen3_vlm.data.manifest import ManifestRecord, read_manifest
 from qwen3_vlm.demo.dataset import DemoSizes, build
-from qwen3_vlm.demo.voices import HELD_OUT_VOICE
+from qwen3_vlm.demo.voices import HELD_OUT_VOICE, VOICES, telling_is_held_out
+from qwen3_vlm.demo.world import is_held_out
 
 pytest.importorskip("espeakng_loader")
-SIZES = DemoSizes(train=12, unseen=6, seen=2, spoken=5, spoken_unseen=3)
+SIZES = DemoSizes(train=12, unseen=6, seen=2, spoken=5, spoken_unseen=3, phrases=12, phrases_unseen=6)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +54,37 @@ def test_the_held_out_voice_is_heard_in_its_own_part_alone(folder: Path) -> None
     assert HELD_OUT_VOICE.name not in voices["train"] | voices["unseen"]
 
 
+def test_phrases_are_short_and_have_no_picture(folder: Path) -> None:
+    for part, count in (("phrases", 12), ("phrases_unseen", 6), ("phrases_voice", 6)):
+        lines = lines_of(folder / f"manifest_{part}.jsonl")
+        assert len(lines) == count
+        assert all(list(line["modalities"]) == ["audio"] and "picture" not in line["meta"] for line in lines)
+        assert {len(line["text"].split()) for line in lines} == {2, 3, 5}
+        for line in lines:
+            with wave.open(str(folder / line["modalities"]["audio"])) as sound:
+                assert 0.2 < sound.getnframes() / 16000 < 2.5
+                pcm = np.frombuffer(sound.readframes(sound.getnframes()), dtype="<i2")
+            assert np.abs(pcm[:400]).max() > 300  # no silence around
+            assert np.abs(pcm[-800:]).max() > 300
+
+
+def test_held_out_phrases_are_not_heard_in_training(folder: Path) -> None:
+    for part, unseen in (("phrases", False), ("phrases_unseen", True)):
+        for line in lines_of(folder / f"manifest_{part}.jsonl"):
+            voice, words = VOICES[line["meta"]["voice"]], line["text"].split()
+            assert voice != HELD_OUT_VOICE
+            pair = frozenset((words[1], words[-1])) if "and" in words else None
+            assert (is_held_out(pair) if pair else telling_is_held_out(line["text"], voice)) == unseen
+    voices = {line["meta"]["voice"] for line in lines_of(folder / "manifest_phrases_voice.jsonl")}
+    assert voices == {HELD_OUT_VOICE.name}
+
+
 def test_the_manifests_read_without_a_bad_line(folder: Path) -> None:
     for path in folder.glob("manifest_*.jsonl"):
         entries = [line.entry for line in read_manifest(path)]
-        assert all(isinstance(entry, ManifestRecord) and entry.image and entry.audio for entry in entries)
+        with_picture = "phrases" not in path.name
+        assert all(isinstance(entry, ManifestRecord) and entry.audio for entry in entries)
+        assert all(bool(entry.image) == with_picture for entry in entries if isinstance(entry, ManifestRecord))
 
 
 def test_it_is_the_same_each_time_and_absent_unless_asked_for(folder: Path, tmp_path: Path) -> None:
