@@ -1,0 +1,128 @@
+"""`qwen3-vlm generate …` on a tiny add-on with tiny real codecs, and the commands of docs/generation.md."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from qwen3_vlm.models.row_files import describe_base, save_rows
+from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
+from tests.conftest import Run
+from tests.tiny import save_tiny_llm
+from tests.tokenization.tiny_models import save_tiny
+
+ROOT = Path(__file__).parent.parent
+RATE = 800
+
+
+@pytest.fixture(scope="module")
+def addon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trainable-rows folder whose rows are fresh."""
+    root = tmp_path_factory.mktemp("generate")
+    llm = save_tiny_llm(root / "llm")
+    config = {
+        "text": {"tokenizer": str(llm), "name": "tiny"},
+        "image": {"type": "janus_vqvae", "source": str(save_tiny(root / "picture", "janus_vqvae"))},
+        "audio": {"type": "dac", "source": str(save_tiny(root / "sound", "dac")), "clip_seconds": 0.5},
+    }
+    (root / "uti.yaml").write_text(yaml.safe_dump(config))
+    space = UnifiedTokenizer.open(root / "uti.yaml").token_space
+    model = TokenLM.grow(AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32), space)
+    return save_rows(root / "addon", model, describe_base(llm), uti=root / "uti.yaml", details={"step": 1})
+
+
+def test_pictures(run: Run, addon: Path, tmp_path: Path) -> None:
+    out = tmp_path / "heart.png"
+    command = ("generate", "image", "a red heart", "--checkpoint", addon)
+    assert run(*command, "-o", out)[:2] == (0, f"{out}\n")
+    with Image.open(out) as picture:
+        assert picture.size == (16, 16)
+    status, printed, _ = run(*command, "-o", out, "--count", 3, "--seed", 7, "--json", "--guidance", 2, "--top-k", 9)
+    assert status == 0
+    files = [tmp_path / f"heart-{seed}.png" for seed in (7, 8, 9)]
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        {"file": str(file), "seed": seed} for file, seed in zip(files, (7, 8, 9), strict=True)
+    ]
+    run(*command, "-o", out, "--seed", 8, "--guidance", 2, "--top-k", 9)
+    assert out.read_bytes() == files[1].read_bytes() != files[0].read_bytes()
+
+
+def test_sounds(run: Run, addon: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.wav"
+    lengths = ("--min-seconds", 0.2, "--max-seconds", 0.3, "--temperature", "0.5,1,1.5")
+    assert run("generate", "audio", "a red heart", "--checkpoint", addon, "-o", out, *lengths)[:2] == (0, f"{out}\n")
+    sound, rate = soundfile.read(out)
+    assert rate == RATE
+    assert 0.2 <= len(sound) / RATE <= 0.3
+
+
+def test_words(run: Run, addon: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    soundfile.write(tmp_path / "x.wav", np.sin(np.arange(80)), RATE)
+    command = ("generate", "text", "--checkpoint", addon, "--max-tokens", 5)
+    for source in (("--image", tmp_path / "p.png"), ("--audio", tmp_path / "x.wav")):
+        first, again = run(*command, *source), run(*command, *source)
+        assert first == again
+        assert first[0] == 0
+        assert first[1].strip("\n")
+    status, printed, _ = run(*command, "--image", tmp_path / "p.png", "--temperature", 2, "--count", 4, "--json")
+    answers = [json.loads(line) for line in printed.splitlines()]
+    assert (status, [answer["seed"] for answer in answers]) == (0, [0, 1, 2, 3])
+    assert len({answer["text"] for answer in answers}) == 4
+
+
+def test_tokenizers_that_moved(run: Run, addon: Path, tmp_path: Path) -> None:
+    moved = save_tiny(tmp_path / "moved", "janus_vqvae")
+    config = yaml.safe_load((addon / "uti.yaml").read_text())
+    config["image"] |= {"source": str(moved), "name": "picture"}
+    (tmp_path / "uti.yaml").write_text(yaml.safe_dump(config))
+    command = (
+        "generate",
+        "image",
+        "x",
+        "--checkpoint",
+        addon,
+        "-o",
+        tmp_path / "a.png",
+        "--uti",
+        tmp_path / "uti.yaml",
+    )
+    assert run(*command)[0] == 0
+    config["image"] |= {"source": str(save_tiny(tmp_path / "other", "janus_vqvae", num_res_blocks=2))}
+    (tmp_path / "uti.yaml").write_text(yaml.safe_dump(config))
+    status, _, err = run(*command)
+    assert (status, "another token space" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("image", "x", "-o", "a.docx"), "suffix"),
+        (("audio", "x", "-o", "a.mp3"), ".wav"),
+        (("image", "x", "--temperature", "hot"), "--temperature is 'hot'; it must be a number"),
+        (("image", "x", "--temperature", "1,1"), "--temperature has 2 numbers; give one."),
+        (("image", "x", "--top-k", "1.5"), "--top-k is '1.5'; it must be a whole number"),
+        (("image", "x", "--top-p", "0"), "top_p is 0.0"),
+        (("audio", "x", "--top-k", "1,2"), "--top-k has 2 numbers; give one, or 3."),
+        (("audio", "x", "--max-seconds", "0.001"), "max_frames"),
+        (("text",), "Give --image or --audio"),
+    ],
+)
+def test_what_is_refused(run: Run, addon: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    suffix = {"image": "png", "audio": "wav"}.get(arguments[0])
+    out = () if suffix is None or "-o" in arguments else ("-o", tmp_path / f"a.{suffix}")
+    status, _, err = run("generate", *arguments, *out, "--checkpoint", addon)
+    assert (status, message in err) == (1, True), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_add_on(run: Run, tmp_path: Path) -> None:
+    status, _, err = run("generate", "image", "x", "-o", tmp_path / "a.png", "--checkpoint", tmp_path)
+    assert (status, err.startswith("Error: ")) == (1, True)
