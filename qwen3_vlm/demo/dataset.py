@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from qwen3_vlm.demo.drawings import Pixels, compose, drawing_is_held_out, named_drawings, plain_drawing
-from qwen3_vlm.demo.speech_dataset import Captioned, write_phrases, write_speech
+from qwen3_vlm.demo.speech_dataset import Captioned, write_phrases, write_pictures, write_speech
 from qwen3_vlm.demo.world import NAMES, PROMPTS, UNSEEN_MIX, Scene, plain_scene, scenes
 from qwen3_vlm.storage import atomic_directory
 
@@ -38,7 +38,7 @@ class DemoSizes:
     drawings: bool = False
     spoken: int = 0  # of the training pictures, and of the drawings where there are any
     spoken_unseen: int = 0  # of the unseen pictures, once in training voices and once in the held-out voice
-    phrases: int = 0  # names, spoken without a picture
+    phrases: int = 0  # names, spoken without a picture; the pictures get manifests of their own
     phrases_unseen: int = 0  # the same, not heard in training: in known voices, and as many in the held-out voice
 
 
@@ -69,6 +69,7 @@ def build(folder: Path, sizes: DemoSizes | None = None, seed: int = 0) -> Path:
         if sizes.spoken or sizes.spoken_unseen:
             write_speech(temporary, written, sizes.spoken, sizes.spoken_unseen, seed)
         if sizes.phrases or sizes.phrases_unseen:
+            write_pictures(temporary, written)
             write_phrases(temporary, sizes.phrases, sizes.phrases_unseen, seed)
         (temporary / "ATTRIBUTION.txt").write_text(_attribution(), encoding="utf-8")
         (temporary / "stamp.json").write_text(stamp, encoding="utf-8")

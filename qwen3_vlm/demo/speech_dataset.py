@@ -5,6 +5,8 @@
     DIR/audio/voice/…              DIR/manifest_voice.jsonl           the same captions, in the held-out voice
     DIR/audio/names/…              DIR/manifest_names.jsonl           names of drawings
     DIR/audio/names_unseen/…       DIR/manifest_names_unseen.jsonl    held-out names
+                                   DIR/manifest_pictures.jsonl        training scenes and their captions, unspoken
+                                   DIR/manifest_pictures_unseen.jsonl
     DIR/audio/phrases/…            DIR/manifest_phrases.jsonl         `a cat`, `a small cat`, `a cat and a horse`
     DIR/audio/phrases_unseen/…     DIR/manifest_phrases_unseen.jsonl  held-out pairs, and known phrases in another voice
     DIR/audio/phrases_voice/…      DIR/manifest_phrases_voice.jsonl   in the held-out voice
@@ -65,6 +67,13 @@ def write_speech(folder: Path, written: dict[str, list[Captioned]], train: int, 
         _write_part(folder, part, lines)
 
 
+def write_pictures(folder: Path, written: dict[str, list[Captioned]]) -> None:
+    """Manifests of pictures and captions without a voice."""
+    for part, name in (("train", "pictures"), ("unseen", "pictures_unseen")):
+        records = [manifest_record(f"{name}-{picture.id}", picture) for picture in written[part]]
+        _write_manifest(folder, name, records)
+
+
 def write_phrases(folder: Path, train: int, unseen: int, seed: int) -> None:
     """Speak short phrases in equal parts of each kind, without the silence around them."""
     rng = random.Random(f"phrases-{seed}")
@@ -99,31 +108,37 @@ def _in_held_out_voice(pictures: Iterable[Captioned]) -> Iterator[tuple[Captione
 
 def _write_part(folder: Path, part: str, lines: Iterable[tuple[Captioned, Line]]) -> None:
     """WAV files and their manifest; a part without a line leaves nothing."""
-    records = []
+    records: list[dict[str, Any]] = []
     for index, (picture, line) in enumerate(lines):
         audio = f"audio/{part}/{index:06d}.wav"
         sound = line.speak().wave
         write_wav(folder / audio, sound if picture.image else trimmed(sound))
-        records.append(json.dumps(manifest_record(f"{part}-{index:06d}", picture, audio, line)))
+        records.append(manifest_record(f"{part}-{index:06d}", picture, audio, line))
+    _write_manifest(folder, part, records)
+
+
+def _write_manifest(folder: Path, part: str, records: list[dict[str, Any]]) -> None:
     if records:
-        (folder / f"manifest_{part}.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
+        lines = "".join(f"{json.dumps(record)}\n" for record in records)
+        (folder / f"manifest_{part}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def manifest_record(identity: str, picture: Captioned, audio: str, line: Line) -> dict[str, Any]:
-    """A line of a raw manifest; any task can be made of it, so it names none."""
-    images, meta = ({"image": picture.image}, {"picture": picture.id}) if picture.image else ({}, {})
+def manifest_record(identity: str, picture: Captioned, audio: str = "", line: Line | None = None) -> dict[str, Any]:
+    """A line of a raw manifest, with a picture, a voice or both; any task can be made of it, so it names none."""
+    modalities: dict[str, str] = {}
+    meta: dict[str, Any] = {}
+    if picture.image:
+        modalities["image"], meta["picture"] = picture.image, picture.id
+    if line is not None:
+        modalities["audio"] = audio
+        meta |= {"voice": line.voice.name, "words_per_minute": line.words_per_minute, "pitch": line.pitch}
     return {
         "id": identity,
         "source": SOURCE,
-        "modalities": {**images, "audio": audio},
+        "modalities": modalities,
         "text": picture.text,
         "task": None,
-        "meta": {
-            **meta,
-            "voice": line.voice.name,
-            "words_per_minute": line.words_per_minute,
-            "pitch": line.pitch,
-        },
+        "meta": meta,
     }
 
 

@@ -82,9 +82,16 @@ def test_held_out_phrases_are_not_heard_in_training(folder: Path) -> None:
 def test_the_manifests_read_without_a_bad_line(folder: Path) -> None:
     for path in folder.glob("manifest_*.jsonl"):
         entries = [line.entry for line in read_manifest(path)]
-        with_picture = "phrases" not in path.name
-        assert all(isinstance(entry, ManifestRecord) and entry.audio for entry in entries)
-        assert all(bool(entry.image) == with_picture for entry in entries if isinstance(entry, ManifestRecord))
+        parts = ("phrases" not in path.name, "pictures" not in path.name)
+        assert all(isinstance(entry, ManifestRecord) for entry in entries)
+        assert all((bool(e.image), bool(e.audio)) == parts for e in entries if isinstance(e, ManifestRecord))
+
+
+def test_pictures_have_a_manifest_without_voices(folder: Path) -> None:
+    for part, count in (("pictures", 12), ("pictures_unseen", 6)):
+        lines = lines_of(folder / f"manifest_{part}.jsonl")
+        assert len(lines) == count
+        assert all(list(line["modalities"]) == ["image"] and list(line["meta"]) == ["picture"] for line in lines)
 
 
 def test_it_is_the_same_each_time_and_absent_unless_asked_for(folder: Path, tmp_path: Path) -> None:
