@@ -1,0 +1,83 @@
+"""LoRA: where it goes and where it can't, off to the bit, and PEFT's own reading of its files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qwen3_vlm.errors import AddOnError, ModelError
+from qwen3_vlm.models.lora import add_lora, has_lora, lora_parameters, read_adapter, without_lora, write_adapter
+
+IDS = torch.arange(12).reshape(1, 12)
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def shake(model: Any) -> None:
+    """Give a fresh adapter something to say."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in lora_parameters(model.base_model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_alone_loads_it(tiny_llm_dir: Path, tmp_path: Path, dora: bool) -> None:
+    plain, model = load(tiny_llm_dir), load(tiny_llm_dir)
+    targets = add_lora(model.base_model, rank=4, alpha=8, dora=dora)
+    assert {name.rsplit(".", 1)[-1] for name in targets} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+    shake(model)
+    write_adapter(tmp_path, model.base_model, "model", str(tiny_llm_dir))
+    theirs = PeftModel.from_pretrained(load(tiny_llm_dir), str(tmp_path)).eval()
+    assert not torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-2)
+    assert torch.equal(theirs(IDS).logits, model(IDS).logits)
+    ours = load(tiny_llm_dir)
+    read_adapter(tmp_path, ours.base_model, "model")
+    assert torch.equal(ours(IDS).logits, model(IDS).logits)
+    with without_lora(model):
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    assert torch.equal(ours(IDS).logits, model(IDS).logits)
+
+
+def test_only_adapters_are_trainable_and_fp32(tiny_llm_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llm_dir, dtype=torch.bfloat16)
+    add_lora(model.base_model, rank=2, alpha=4)
+    trainable = {name for name, parameter in model.base_model.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == len(lora_parameters(model.base_model)) > 0
+    assert {parameter.dtype for parameter in lora_parameters(model.base_model).values()} == {torch.float32}
+
+
+def test_the_same_seed_gives_the_same_adapter_and_leaves_the_generator(tiny_llm_dir: Path) -> None:
+    first, second = load(tiny_llm_dir), load(tiny_llm_dir)
+    before = torch.get_rng_state()
+    for model in (first, second):
+        add_lora(model.base_model, rank=2, alpha=4, seed=7)
+    assert torch.equal(before, torch.get_rng_state())
+    for name, parameter in lora_parameters(first.base_model).items():
+        assert torch.equal(parameter, lora_parameters(second.base_model)[name])
+
+
+def test_refused(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    model = load(tiny_llm_dir)
+    with pytest.raises(AddOnError, match=r"adapter_config\.json"):
+        read_adapter(tmp_path, model.base_model, "model")
+    add_lora(model.base_model, rank=2, alpha=4)
+    assert has_lora(model)
+    with pytest.raises(ModelError, match="already"):
+        add_lora(model.base_model, rank=2, alpha=4)
+    write_adapter(tmp_path, model.base_model, "model", "x")
+    other = load(tiny_llm_dir)
+    add_lora(other.base_model, rank=3, alpha=4)
+    with pytest.raises(AddOnError, match="has the shape"):
+        read_adapter(tmp_path, other.base_model, "model")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(AddOnError, match="can't be read"):
+        read_adapter(tmp_path, model.base_model, "model")
