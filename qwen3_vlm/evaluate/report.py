@@ -114,7 +114,11 @@ def _claim(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> str:
     """What gates that all pass say, and no more than that."""
     if not is_token_run(run):
         return "The pictures are used"
-    claims = {"equal": "the base is as it was", "gap": "sources and prompts are used", "rate": "all of it decodes"}
+    claims = {
+        "equal": "the base is as it was",
+        "gap": "sources and prompts are used",
+        "rate": "everything generated decodes",
+    }
     kinds = [kind for kind in claims if any(gate["kind"] == kind for gate in gates)]
     sentence = ", ".join(claims[kind] for kind in kinds)
     return sentence[:1].upper() + sentence[1:]

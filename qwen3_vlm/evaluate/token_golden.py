@@ -173,7 +173,7 @@ class _ItemMaker:
             error = str(problem)
         own = np.asarray(self.ids[wanted.target])
         return TokenGoldenItem(
-            id=f"{self.task}/{self.name}",
+            id=f"{self.task}/{self.name}".encode("utf-8", "replace").decode(),  # half characters can't be written
             step=step,
             prompt=prompt,
             reference=reference,

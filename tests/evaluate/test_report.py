@@ -12,11 +12,16 @@ import pytest
 from qwen3_vlm.config import RunConfig, dump_yaml
 from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.evaluate.environment import describe_environment
+from qwen3_vlm.evaluate.gates import equality_gate, rate_gate
 from qwen3_vlm.evaluate.golden import GoldenItem, thumbnail_uri
+from qwen3_vlm.evaluate.intervals import wilson_interval
 from qwen3_vlm.evaluate.report import cell, duration, gates_of, verdict_of, write_report
 from qwen3_vlm.evaluate.run_files import read_run
+from qwen3_vlm.evaluate.token_golden import dump_token_golden
 from qwen3_vlm.evaluate.word_marks import mark_words
 from tests.evaluate.helpers import picture
+from tests.evaluate.token_stubs import plain_records
+from tests.tokenization.plain_codecs import plain_uti
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
 
@@ -245,3 +250,94 @@ def test_environment_names_neither_host_nor_paths() -> None:
     assert platform.node() not in text
     assert "/" not in text.replace("N/A", "")
     assert describe_environment()["packages"]["torch"]
+
+
+# The run of a token LM ---------------------------------------------------------------------------------------
+
+
+def token_run(run: Path, text: str = "a cat", *, changed: int = 0) -> Path:
+    """A finished run over tokens: losses by task, gates of every kind, two dumps of two tasks each."""
+    tasks = {"loss_i2t": 2.0, "loss_t2i": 3.0, "loss_nonsense": 9.0}
+    train = [{"kind": "train", "step": step, "loss": 5 / step, **tasks, "row_norm_mean": 1.0, "row_norm_min": 0.5,
+              "row_norm_max": 2.0} for step in (1, 5, 10)]  # fmt: skip
+    evaluation = {"kind": "eval", "step": 10, "loss": 2.0, "loss_i2t": 1.5, "samples": 20}
+    final = {"kind": "final", "step": 10, "loss": 2.0, "add_on_bytes": 123_456}
+    (run / "metrics.jsonl").write_text(lines(*train, evaluation, final))
+    losses = {name: {"value": 1.0, "low": 0.9, "high": 1.1} for name in ("correct", "shuffled", "noise", "constant")}
+    gates = [
+        equality_gate("parameter integrity", "tensors", changed, 311),
+        equality_gate("text identity: logits", "texts", 0, 32),
+        {**gate("i2t: shuffled"), "min_win_rate": 0.8},
+        {**gate("t2i: prompt empty"), "value": 0.4, "low": 0.3, "high": 0.5},
+        rate_gate("t2i: decodes", wilson_interval(64, 64), 64),
+    ]
+    (run / "rows").mkdir()
+    evidence = {"gates": gates, "token_ablation": {"i2t": {"losses": losses}, "a2t": "torn"}}
+    (run / "rows/evidence.json").write_text(json.dumps(evidence))
+    uti = plain_uti()
+    records = [(f"{text} {name}", ids) for name, ids in plain_records(uti, 2)]
+
+    def model(prompts: Any) -> list[Any]:
+        ends = {task: uti.token_space.special(end) for task, end in (("i2t", "<|text_end|>"), ("t2i", "<|img_end|>"))}
+        words = uti.encode_text(f"a blue heart {text}")
+        return [[*(words if task == "i2t" else records[0][1]["image"]), ends[task]] for task, _ in prompts]
+
+    for step in (5, 10):
+        dump_token_golden(uti, model, {"i2t": records, "t2i": records}, run / "golden", step=step)
+    sounds = {"t2a": records}
+    cut = dump_token_golden(uti, lambda prompts: [[7]] * len(prompts), sounds, run / "golden", step=3)
+    assert cut[0].error
+    return run
+
+
+def test_the_run_of_a_token_lm(run: Path) -> None:
+    seen = page(token_run(run))
+    for text in ("The base is as it was, sources and prompts are used, everything generated decodes: all 5 gates pass",
+                 "Without its own source or prompt the model loses at least 0.400 nats per token", "4 of 4",
+                 "0 of 311 tensors differ", "94.3 … 100.0 %", "i2t: shuffled − correct", "Training loss by task",
+                 "Norms of the new rows", "i2t: loss under each condition", "i2t: picture to words",
+                 "t2i: words to picture", "a red heart 0", "123,456 bytes", "ids as in the reference"):  # fmt: skip
+        assert text in seen.text, text
+    assert "nonsense" not in seen.text
+    assert "look at the picture" not in seen.text
+    assert seen.tags.count("img") == 2 + 4 + 2  # given, reference and generated, earlier
+    assert seen.tags.count("mark") > 0, "words that differ are marked"
+
+
+def test_a_changed_base_is_the_first_thing_that_is_said(run: Path) -> None:
+    seen = page(token_run(run, changed=2))
+    assert "1 of 5 gates fail" in seen.text
+    assert "parameter integrity: 2 of 311 tensors differ; none may." in seen.text
+
+
+def test_a_token_page_loads_and_runs_nothing_either(run: Path) -> None:
+    folder = token_run(run, EVIL)
+    (path,) = folder.glob("golden/step-000010/items.jsonl")
+    item = {**json.loads(path.read_text().split("\n")[0]), "source_file": "../../../x.png", "task": EVIL}
+    path.write_text(path.read_text() + json.dumps(item) + "\n")
+    seen = page(folder)
+    assert all(address.startswith("data:image/png;base64,") for address in seen.addresses)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(seen.tags)
+    assert not [name for name in seen.attributes if name.startswith("on")]
+
+
+def test_sounds_can_be_heard(run: Path) -> None:
+    uti = plain_uti()
+    records, end = plain_records(uti, 1), uti.token_space.special("<|aud_end|>")
+    model = lambda prompts: [[*records[0][1]["audio"], end]]  # noqa: E731
+    dump_token_golden(uti, model, {"t2a": records}, run / "golden", step=1)
+    seen = page(run)
+    assert seen.tags.count("audio") == 2
+    assert [address[:14] for address in seen.addresses].count("data:audio/wav") == 2
+    assert "t2a: words to sound" in seen.text
+
+
+def test_a_torn_token_run_is_still_a_page(run: Path) -> None:
+    folder = token_run(run)
+    (folder / "golden/step-000010/items.jsonl").write_text('{"id": "x", "ste')
+    (folder / "rows/evidence.json").write_text('{"gates": [{"name": "a", "kind": "equal"}, {"kind": "rate"}, 3]}')
+    for path in (folder / "golden/reference").iterdir():
+        path.unlink()
+    seen = page(folder)
+    assert "2 of 2 gates fail" in seen.text
+    assert "not shown" in seen.text

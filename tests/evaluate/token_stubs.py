@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qwen3_vlm.models.token_lm import GradedTokens
 from qwen3_vlm.tokenization.sequences import BOUNDARIES, SEQUENCES
 from qwen3_vlm.tokenization.token_space import TokenSpace
+from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from tests.data.tiny_shards import tiny_space
 
 SPACE: TokenSpace = tiny_space(384)
@@ -64,3 +65,18 @@ class Reader(nn.Module):
     def _between(self, values: Any, modality: Any) -> Any:
         start, end = (SPACE.special(name) for name in BOUNDARIES[modality][:2])
         return values[int(np.flatnonzero(values == start)[0]) + 1 : int(np.flatnonzero(values == end)[0])]
+
+
+def plain_records(uti: UnifiedTokenizer, count: int) -> list[tuple[str, dict[str, Any]]]:
+    """Records of a text, a picture and a sound of 5 to 8 frames, made by the tokenizers of the tests."""
+    generator = np.random.default_rng(2)
+    records = []
+    for number in range(count):
+        sound = generator.uniform(-1, 1, 20 + 4 * (number % 4)).astype(np.float32)
+        ids = {
+            "text": np.array(uti.encode_text(f"a red heart {number}")),
+            "image": uti.encode_image(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).ids,
+            "audio": uti.encode_audio(sound, 8000).ids,
+        }
+        records.append((f"r/{number}", ids))
+    return records
