@@ -20,7 +20,7 @@ from qwen3_vlm.models.add_on_files import base_folder, folder_differences, refus
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.models.vocabulary_rows import SplitEmbedding
 
-__all__ = ["base_differences", "describe_base", "load_tokenizer", "require_base_files"]
+__all__ = ["base_differences", "describe_base", "fingerprint_base", "load_tokenizer", "require_base_files"]
 
 
 def describe_base(
@@ -40,7 +40,7 @@ def describe_base(
     tokenizer = load_tokenizer(folder, trust_remote_code) if tokenizer is None else tokenizer
     return {
         "base_llm": str(llm),
-        "base_fingerprint": _fingerprint(folder, model, trust_remote_code),
+        "base_fingerprint": fingerprint_base(folder, model, trust_remote_code),
         "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer),
     }
 
@@ -85,7 +85,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         raise ModelError(f"The tokenizer of {folder} can't be loaded: {reason}") from problem
 
 
-def _fingerprint(folder: Path, model: TokenLM | None, trust_remote_code: bool) -> Fingerprint:
+def fingerprint_base(folder: Path, model: TokenLM | None = None, trust_remote_code: bool = False) -> Fingerprint:
+    """The fingerprint of a base's files; from `model` in memory if there are no safetensors.
+
+    Raises:
+        ModelError: there are none, and no model is given.
+    """
     try:
         return fingerprint_folder(folder, "llm", trust_remote_code=trust_remote_code)
     except ModelError:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwen3_vlm.errors import AddOnError, ConfigError, ModelError, TamperedFileError
-from qwen3_vlm.fingerprint import resolve_folder
+from qwen3_vlm.fingerprint import differences, resolve_folder
 from qwen3_vlm.models.add_on_files import (
     EVIDENCE,
     MAX_INFO_BYTES,
@@ -32,7 +32,7 @@ from qwen3_vlm.models.add_on_files import (
     tensor_findings,
 )
 from qwen3_vlm.models.bases import load_strictly
-from qwen3_vlm.models.row_base import base_differences, describe_base, require_base_files
+from qwen3_vlm.models.row_base import base_differences, describe_base, fingerprint_base, require_base_files
 from qwen3_vlm.models.row_tensors import DTYPE, ROW_NAMES, read_layout, read_row_tensors, write_row_tensors
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.storage import atomic_directory, atomic_write_bytes, atomic_write_json, read_bytes, read_json
@@ -294,7 +294,9 @@ def load_token_lm(
     base_dtype = named_dtype(dtype or info["base_dtype"])
     text_model = load_strictly(AutoModelForCausalLM, where, base_dtype, attn_implementation, trust_remote_code)
     model = TokenLM.grow(text_model, TokenSpace.load(folder), init="normal")
-    load_rows(folder, model, describe_base(where, model=model, trust_remote_code=trust_remote_code))
+    found = fingerprint_base(where, model, trust_remote_code)  # a base of pickled weights is first known here
+    refuse_differences(folder, differences(info["base_fingerprint"], found, "LLM"))
+    load_rows(folder, model)
     model.eval().requires_grad_(False)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from qwen3_vlm.errors import ConfigError, ModelError
 from qwen3_vlm.models.add_on_files import EVIDENCE, named_dtype, require_new_folder
 from qwen3_vlm.models.bases import load_strictly
 from qwen3_vlm.models.row_base import load_tokenizer, require_base_files
-from qwen3_vlm.models.row_files import check_layout, find_rows, read_rows, read_rows_info
+from qwen3_vlm.models.row_files import check_layout, find_rows, load_token_lm, read_rows, read_rows_info
 from qwen3_vlm.models.vocabulary_rows import is_tied
 from qwen3_vlm.storage import atomic_directory, atomic_write_text
 from qwen3_vlm.tokenization.sequences import BOUNDARIES
@@ -87,6 +87,8 @@ def export_rows(
     tokenizer = load_tokenizer(where, trust_remote_code)
     names = name_tokens(tokenizer, space)
     weights = named_dtype(dtype or info["base_dtype"])
+    if not any(where.glob("*.safetensors")):  # a base of pickled weights is first known in memory
+        load_token_lm(folder, where, attn_implementation="eager", trust_remote_code=trust_remote_code)
     model = load_strictly(AutoModelForCausalLM, where, weights, "eager", trust_remote_code)
     join_rows(model, read_rows(folder, info), space.vocab_size_total)
     model.config.token_space_sha256 = space.sha256

@@ -1,6 +1,7 @@
 """Exported rows: a plain folder that says the same as the TokenLM, where this package can't even be imported."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,18 @@ def test_what_is_refused(rows: Path, tmp_path: Path, connector: Path) -> None:
     with pytest.raises(ConfigError, match="leave --dtype out"):
         export_add_on(connector, tmp_path / "out", dtype="float32")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_pickled_weights(llm: Path, rows: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(llm, tmp_path / "old"))
+    (old / "model.safetensors").unlink()
+    weights = AutoModelForCausalLM.from_pretrained(llm).state_dict()
+    torch.save(weights, old / "pytorch_model.bin")
+    export_rows(rows, tmp_path / "out", llm=old)
+    weights["model.norm.weight"] += 1
+    torch.save(weights, old / "pytorch_model.bin")
+    with pytest.raises(BaseMismatchError, match="LLM weights differ in norm"):
+        export_rows(rows, tmp_path / "other", llm=old)
 
 
 def test_rows_that_do_not_fit_are_not_joined(llm: Path) -> None:
