@@ -2,6 +2,7 @@
 
     gap     a loss gets clearly worse when something is taken away   value − correct, nats per token
     equal   nothing that must stay the same has changed              value: differences found; 0 is asked for
+    limit   something that moves stays within bounds                 value: how far; at most the threshold
     rate    everything that was tried came out right                 value: share of the samples; 1 is asked for
 
 Every entry has `name`, `kind` ("gap" where there is none), `value`, `low`, `high`, `threshold`, `samples`, `passed`
@@ -63,6 +64,8 @@ def recorded_failure(gate: Mapping[str, Any]) -> str:
         return _inequality(value, samples, str(gate.get("what", "things")))
     if kind == "rate":
         return _rate_failure(value, threshold, samples)
+    if kind == "limit":
+        return _excess(value, threshold, samples)
     if kind != "gap":
         return f"There is no kind of gate {kind!r}."
     least = _figure(gate.get("min_win_rate", 0.0))
@@ -82,6 +85,13 @@ def rate_gate(name: str, rate: Interval, samples: int, threshold: float = 1.0) -
     reason = _rate_failure(rate.value, threshold, samples)
     figures = {**rate.to_dict(), "threshold": threshold, "samples": samples}
     return {"name": name, "kind": "rate", **figures, "passed": not reason, "reason": reason}
+
+
+def limit_gate(name: str, measured: Interval, limit: float, samples: int) -> dict[str, Any]:
+    """The entry of a gate that asks that a figure is at most `limit`."""
+    reason = _excess(measured.value, limit, samples)
+    figures = {**measured.to_dict(), "threshold": limit, "samples": samples}
+    return {"name": name, "kind": "limit", **figures, "passed": not reason, "reason": reason}
 
 
 def unmeasured_gate(name: str, reason: str) -> dict[str, Any]:
@@ -104,16 +114,23 @@ def gate_figures(gate: Mapping[str, Any]) -> str:
     if gate.get("kind") == "rate":
         interval = f"[{_percent(gate.get('low'))}, {_percent(gate.get('high'))}]"
         return f"{_percent(gate['value'])} of {gate.get('samples') or 0:,} {interval}"
+    at_most = "at most" if gate.get("kind") == "limit" else "threshold"
     interval = f"{_number(gate['value'])} [{_number(gate.get('low'))}, {_number(gate.get('high'))}]"
     least = gate.get("min_win_rate")
     wins = f", better with its own {_percent(gate.get('win_rate'))}, at least {_percent(least)}" if least else ""
-    return f"{interval}, threshold {gate.get('threshold')}{wins}"
+    return f"{interval}, {at_most} {gate.get('threshold')}{wins}"
 
 
 def _inequality(different: float, compared: int, what: str) -> str:
     if not compared > 0:
         return f"No {what} were compared."
     return "" if different == 0 else f"{different:g} of {compared:,} {what} differ; none may."
+
+
+def _excess(value: float, limit: float, samples: int) -> str:
+    if not samples > 0:
+        return "Nothing was measured."
+    return "" if value <= limit else f"It is {value:.4f}; at most {limit:g} is allowed."
 
 
 def _rate_failure(value: float, threshold: float, samples: int) -> str:

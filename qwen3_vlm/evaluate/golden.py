@@ -25,6 +25,7 @@ from qwen3_vlm.storage import atomic_write_json, atomic_write_text, read_json
 
 GOLDEN_IDS_FILE = "ids.json"
 THUMBNAILS_FILE = "thumbnails.json"
+ITEMS_FILE = "items.jsonl"  # of a dump that is a folder
 THUMBNAIL_PIXELS = 160  # longest side
 MAX_GOLDEN_BYTES = 50_000_000
 _VERDICTS = {(False, True): "  (now right)", (True, False): "  (no longer right)"}  # exact before, exact now
@@ -150,7 +151,7 @@ def dump_golden(
 
 
 def read_golden(path: str | Path) -> list[GoldenItem]:
-    """The items of a dump, or of the `items.jsonl` of one that has files too (`token_golden`).
+    """The items of a dump: a file, or a folder with an `items.jsonl` and what it names (`token_golden`).
 
     Raises:
         DataError: the file can't be read or is not a dump; names the line.
@@ -164,7 +165,7 @@ def read_items(path: str | Path, kind: type[Item]) -> list[Item]:
     Raises:
         DataError: the file can't be read or is not a dump; names the line.
     """
-    path = Path(path)
+    path = Path(path) / ITEMS_FILE if Path(path).is_dir() else Path(path)
     try:
         if path.stat().st_size > MAX_GOLDEN_BYTES:
             raise DataError(f"{path} is larger than {MAX_GOLDEN_BYTES:,} bytes; that is no golden dump.")

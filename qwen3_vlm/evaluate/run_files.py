@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from qwen3_vlm.errors import ConfigError, DataError
-from qwen3_vlm.evaluate.golden import THUMBNAILS_FILE, GoldenItem, Item, read_items
+from qwen3_vlm.evaluate.golden import ITEMS_FILE, THUMBNAILS_FILE, GoldenItem, Item, read_items
 from qwen3_vlm.evaluate.golden_media import Media, read_media
-from qwen3_vlm.evaluate.token_golden import ENDINGS, ITEMS_FILE, REFERENCE_FOLDER, TokenGoldenItem
+from qwen3_vlm.evaluate.token_golden import ENDINGS, REFERENCE_FOLDER, TokenGoldenItem
 
 MAX_FILE_BYTES = 200_000_000
 ADD_ON_FOLDERS = ("connector", "rows")  # of which a run has one
@@ -82,7 +82,7 @@ def read_run(folder: str | Path) -> RunFiles:
         config_text=_text(folder / "config.yaml"),
         lines=_metric_lines(folder / "metrics.jsonl"),
         evidence=evidence,
-        environment=_object(folder / "environment.json") or _mapping(evidence.get("environment")),
+        environment=_object(folder / "environment.json") or mapping_of(evidence.get("environment")),
         skipped=dict(Counter(str(line.get("reason", "unknown")) for line in _json_lines(folder / "skipped.jsonl"))),
         golden=_golden(folder / "golden", "step-*.jsonl", GoldenItem),
         thumbnails=_thumbnails(folder / "golden" / THUMBNAILS_FILE),
@@ -169,12 +169,13 @@ def _json_lines(path: Path) -> Iterator[Line]:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        return _mapping(json.loads(_text(path)))
+        return mapping_of(json.loads(_text(path)))
     except (ValueError, RecursionError):
         return {}
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping_of(value: Any) -> dict[str, Any]:
+    """The value, or an empty mapping for anything else."""
     return value if isinstance(value, dict) else {}
 
 

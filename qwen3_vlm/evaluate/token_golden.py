@@ -23,7 +23,7 @@ from PIL import Image
 from qwen3_vlm.errors import TokenError
 from qwen3_vlm.evaluate.caption_scores import score_captions
 from qwen3_vlm.evaluate.decode_success import Decoded, Decoder, Generate, decode_segment, prompt_of, read_segment
-from qwen3_vlm.evaluate.golden import GoldenItem, choose_golden
+from qwen3_vlm.evaluate.golden import ITEMS_FILE, GoldenItem, choose_golden
 from qwen3_vlm.evaluate.intervals import bootstrap_mean, wilson_interval
 from qwen3_vlm.evaluate.token_losses import TokenRecord
 from qwen3_vlm.storage import atomic_directory, atomic_write_bytes, atomic_write_text
@@ -31,7 +31,6 @@ from qwen3_vlm.tokenization.audit_page import png_bytes, wav_bytes
 from qwen3_vlm.tokenization.sequences import Ids, sequence_format
 from qwen3_vlm.tokenization.token_space import Content
 
-ITEMS_FILE = "items.jsonl"
 REFERENCE_FOLDER = "reference"
 ENDINGS = {"image": ".png", "audio": ".wav"}
 

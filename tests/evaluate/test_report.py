@@ -15,7 +15,8 @@ from qwen3_vlm.evaluate.environment import describe_environment
 from qwen3_vlm.evaluate.gates import equality_gate, rate_gate
 from qwen3_vlm.evaluate.golden import GoldenItem, thumbnail_uri
 from qwen3_vlm.evaluate.intervals import wilson_interval
-from qwen3_vlm.evaluate.report import cell, duration, gates_of, verdict_of, write_report
+from qwen3_vlm.evaluate.report import cell, duration, write_report
+from qwen3_vlm.evaluate.report_gates import gates_of, verdict_of
 from qwen3_vlm.evaluate.run_files import read_run
 from qwen3_vlm.evaluate.token_golden import dump_token_golden
 from qwen3_vlm.evaluate.word_marks import mark_words

@@ -88,6 +88,7 @@ def test_two_dumps_compare_like_those_of_a_connector(tmp_path: Path) -> None:
     assert [new.id for _, new in difference.changed] == [f"{task}/r/0" for task in TASKS]
     assert (difference.exact_a, difference.exact_b, difference.unchanged) == (8, 12, 8)
     assert "(now right)" in difference.to_text()
+    assert diff_golden(*(path.parent for path in paths)) == difference
     assert read_golden(paths[0])[0].reference == "a red heart 0"
 
 

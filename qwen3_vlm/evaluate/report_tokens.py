@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from qwen3_vlm.evaluate.charts import STYLES, Bar, Series, interval_chart, line_chart
-from qwen3_vlm.evaluate.run_files import Line, RunFiles, is_number, media_name
+from qwen3_vlm.evaluate.run_files import Line, RunFiles, is_number, mapping_of, media_name
 from qwen3_vlm.evaluate.token_golden import REFERENCE_FOLDER, TokenGoldenItem, score_token_golden
 from qwen3_vlm.evaluate.word_marks import mark_words
 from qwen3_vlm.tokenization.sequences import SEQUENCES, sequence_format
@@ -50,8 +50,8 @@ def condition_charts(run: RunFiles) -> list[Markup]:
     """One chart of the losses under each condition for every task that was ablated."""
     charts = []
     for section in SECTIONS:
-        for task, report in _mapping(run.evidence.get(section)).items():
-            losses = _mapping(_mapping(report).get("losses"))
+        for task, report in mapping_of(run.evidence.get(section)).items():
+            losses = mapping_of(mapping_of(report).get("losses"))
             bars = [
                 Bar(str(name), row["value"], row["low"], row["high"], True if name == "correct" else None)
                 for name, row in losses.items()
@@ -141,7 +141,3 @@ def _side(label: str, modality: str, text: str, run: RunFiles, name: str) -> dic
         "media": run.media.get(name),
         "title": "" if modality == "text" else text,
     }
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
