@@ -166,18 +166,18 @@ class _SplitCrossEntropy(torch.autograd.Function):
         of_hidden = gradient[0] * weights.to(gradient[0].dtype) if gradient else None
         if not ctx.needs_input_grad[2]:
             return of_hidden, None, None, None, None, None, None
-        of_rows = torch.zeros(rows.shape, dtype=log_normalizers.dtype, device=rows.device)
-        for part in _parts(hidden, ctx.base):
-            states, weight, log_z = hidden[part].to(_multiplied_dtype(ctx.base)), weights[part], log_normalizers[part]
-            factor = weight * (1 + 2 * ctx.z * log_z.unsqueeze(-1))
-            for first, block in _blocks(rows, states.dtype):
-                slope = F.linear(states, block).to(of_rows.dtype).sub_(log_z.unsqueeze(-1)).exp_().mul_(factor)
-                slope = slope.sub_(ctx.share * weight) if ctx.smoothing else slope
-                _add_product(of_rows[first : first + len(block)], slope.mT, states)
-            new = target[part] >= ctx.base.shape[0]
-            pull = (ctx.smoothing - 1) * weight[new] * states[new].to(of_rows.dtype)
-            of_rows.index_add_(0, target[part][new] - ctx.base.shape[0], pull)
-        return of_hidden, None, of_rows.to(rows.dtype), None, None, None, None
+        of_rows = torch.empty_like(rows)
+        for first, block in _blocks(rows, _multiplied_dtype(ctx.base)):
+            of_block = torch.zeros(block.shape, dtype=log_normalizers.dtype, device=rows.device)
+            for part in _parts(hidden, ctx.base):
+                states, weight, log_z = hidden[part].to(block.dtype), weights[part], log_normalizers[part].unsqueeze(-1)
+                slope = F.linear(states, block).to(of_block.dtype).sub_(log_z).exp_()
+                slope = slope.mul_(weight * (1 + 2 * ctx.z * log_z)).sub_(ctx.share * weight)
+                place, inside = _place(target[part], ctx.base.shape[0] + first, len(block))
+                slope.scatter_add_(-1, place, torch.where(inside, (ctx.smoothing - 1) * weight, 0.0))
+                _add_product(of_block, slope.mT, states)
+            of_rows[first : first + len(block)] = of_block
+        return of_hidden, None, of_rows, None, None, None, None
 
 
 @dataclass
@@ -199,10 +199,8 @@ def _softmax_statistics(
     for start, matrix in ((0, base), (first_new, rows)):
         for first, block in _blocks(matrix, states.dtype):
             scores = F.linear(states, block).to(zero.dtype)
-            place = target.unsqueeze(-1) - (start + first)
-            inside = (place >= 0) & (place < len(block))
-            picked = scores.gather(-1, place.clamp(0, len(block) - 1))
-            seen.of_target = torch.where(inside, picked, seen.of_target)
+            place, inside = _place(target, start + first, len(block))
+            seen.of_target = torch.where(inside, scores.gather(-1, place), seen.of_target)
             peak = torch.maximum(seen.peak, scores.amax(dim=-1, keepdim=True))
             shrink = (seen.peak - peak).exp_()
             scores.sub_(peak).exp_()
@@ -210,6 +208,12 @@ def _softmax_statistics(
             if with_mean:
                 _add_product(seen.mean.mul_(shrink), scores, block)
     return seen
+
+
+def _place(target: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """(s, 1) columns of the targets among ids `first` … `first + count − 1`, and which of them lie there at all."""
+    place = target.unsqueeze(-1) - first
+    return place.clamp(0, count - 1), (place >= 0) & (place < count)
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
