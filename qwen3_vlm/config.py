@@ -71,6 +71,25 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The adapter on the language model, where a stage trains one."""
+
+    rank: int = 16
+    alpha: float = 32.0  # the update is scaled by alpha ÷ rank
+    dropout: float = 0.05
+    dora: bool = False  # a magnitude of its own for every row
+    learning_rate: float | None = None  # of the adapter; None: optim.learning_rate
+    max_text_kl: float = 0.5  # gate: nats per token that the text suite may move from the base
+    max_perplexity_ratio: float = 1.5  # gate: perplexity on the text suite ÷ that of the base
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "alpha", "max_text_kl", "max_perplexity_ratio")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in 0…1")
+        rate = self.learning_rate
+        require(rate is None or rate > 0, "learning_rate", rate, "must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class RowsConfig:
     """The new vocabulary rows of a token LM."""
 
@@ -204,7 +223,7 @@ class SweepConfig:
 class RunConfig:
     """One training run."""
 
-    stage: Literal["stage1_align", "stage3_rows"] = "stage1_align"
+    stage: Literal["stage1_align", "stage2_sft", "stage3_rows"] = "stage1_align"
     output_dir: str = "runs/stage1_align"
     seed: int = 0
     save_every: int = 1000  # optimizer steps between checkpoints
@@ -216,6 +235,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)
     tokens: TokenDataConfig = field(default_factory=TokenDataConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -229,7 +249,11 @@ class RunConfig:
 
 
 # Sections that a stage has no use for: set in vain, they would be a misunderstanding.
-UNREAD: dict[str, tuple[str, ...]] = {"stage1_align": ("rows", "tokens"), "stage3_rows": ("data", "sweep")}
+UNREAD: dict[str, tuple[str, ...]] = {
+    "stage1_align": ("lora", "rows", "tokens"),
+    "stage2_sft": ("rows", "tokens", "sweep"),
+    "stage3_rows": ("data", "lora", "sweep"),
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -24,6 +24,7 @@ from qwen3_vlm.errors import AddOnError, ModelError
 from qwen3_vlm.storage import atomic_file, atomic_write_json, read_json
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
 NAME = "default"  # PEFT's name of the one adapter
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -82,6 +83,18 @@ def without_lora(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def merge_lora(trunk: Any) -> None:
+    """Add the adapter to the weights that it belongs to, in place, and take it off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(trunk.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, own = name.rpartition(".")
+            setattr(trunk.get_submodule(parent), own, layer.get_base_layer())
+    del trunk.peft_config
 
 
 def write_adapter(

@@ -1,6 +1,7 @@
 """The connector directory: write it, load it, export it with its bases. `verify` checks one.
 
     connector.safetensors   `resampler.*`, `projector.*`, `vision_ln.*` when on; fp32
+    adapter_model.safetensors, adapter_config.json   LoRA on the language model, where a stage trained it; PEFT's format
     connector.json          sizes, identity of both bases, tokenizer and chat template, stage, step, checksums
     evidence.json           gates, ablation and evaluation figures
 
@@ -15,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from qwen3_vlm.errors import AddOnError
 from qwen3_vlm.models.add_on_files import (
@@ -29,6 +31,15 @@ from qwen3_vlm.models.add_on_files import (
 )
 from qwen3_vlm.models.bases import load_bases
 from qwen3_vlm.models.configuration import CONNECTOR_FIELDS
+from qwen3_vlm.models.lora import (
+    ADAPTER,
+    ADAPTER_FILES,
+    has_lora,
+    lora_parameters,
+    merge_lora,
+    read_adapter,
+    write_adapter,
+)
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 from qwen3_vlm.storage import atomic_directory, atomic_file, atomic_write_json
@@ -43,6 +54,8 @@ from qwen3_vlm.train.connector_files import (
     read_tensors,
 )
 from qwen3_vlm.train.identity import base_differences, describe_bases, file_differences
+
+LORA = "lora/"  # before the names of an adapter's tensors, where they stand beside the connector's
 
 
 def save_connector(
@@ -80,19 +93,32 @@ def write_connector(
     details: Mapping[str, Any] | None = None,
 ) -> None:
     """The files of `save_connector` in a folder whose atomicity is the caller's."""
-    state = dict(tensors if tensors is not None else model.connector_state_dict())
+    trunk: Any = model.model.language_model
+    own = {**model.connector_state_dict(), **{f"{LORA}{name}": value for name, value in lora_parameters(trunk).items()}}
+    found = dict(tensors if tensors is not None else own)
+    state = {name: tensor for name, tensor in found.items() if not name.startswith(LORA)}
+    adapter = {name.removeprefix(LORA): tensor for name, tensor in found.items() if name.startswith(LORA)}
+    if adapter:
+        write_adapter(folder, trunk, adapter_prefix(model), str(bases["llm"]["id"]), adapter)
     atomic_write_json(folder / EVIDENCE, dict(evidence or {"format": 1, "gates": []}))
     with atomic_file(folder / TENSORS) as temporary:
         safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
     info = {
         "format": FORMAT,
         **(details or {}),
-        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "parameters": sum(tensor.numel() for tensor in found.values()),
         "connector": {name: getattr(model.config, name) for name in CONNECTOR_FIELDS} | _widths(model),
         **bases,
-        "files": describe_files(folder, (TENSORS, EVIDENCE)),
+        "files": describe_files(folder, (TENSORS, EVIDENCE, *(ADAPTER_FILES if adapter else ()))),
     }
     atomic_write_json(folder / INFO, info)
+
+
+def adapter_prefix(model: Qwen3VLMForConditionalGeneration) -> str:
+    """The name that the decoder has inside the causal LM that it came from, such as "model"."""
+    config: Any = model.config
+    causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+    return str(causal_lm.base_model_prefix)
 
 
 def load_connector(
@@ -124,6 +150,10 @@ def load_connector(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+    if ADAPTER in info["files"]:
+        for name in ADAPTER_FILES:
+            check_bytes(Path(directory) / name, info["files"].get(name, {}))
+        read_adapter(Path(directory), model.model.language_model, adapter_prefix(model))
     return info
 
 
@@ -183,7 +213,7 @@ def export_vlm(
     vision_tower: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Write bases and connector as one Hugging Face folder, and return a sentence that says so.
+    """Write bases and connector (an adapter merged) as one Hugging Face folder, and return a sentence that says so.
 
     Raises:
         StorageError: the disk is full or can't be written, or `out` is a folder with other files in it.
@@ -192,6 +222,8 @@ def export_vlm(
     target = require_new_folder(out)
     model, processor = load_vlm(directory, llm, vision_tower, trust_remote_code=trust_remote_code)
     with atomic_directory(target) as folder:
+        if has_lora(model):
+            merge_lora(model.model.language_model)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     size = sum(path.stat().st_size for path in target.rglob("*"))

@@ -51,7 +51,9 @@ def find_connector(source: str | Path) -> Path:
     Raises:
         ModelError: it can't be had.
     """
-    return resolve_folder(source, what="connector", patterns=("connector.*", EVIDENCE), required=(INFO, TENSORS))
+    return resolve_folder(
+        source, what="connector", patterns=("connector.*", "adapter_*", EVIDENCE), required=(INFO, TENSORS)
+    )
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:

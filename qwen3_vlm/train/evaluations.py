@@ -7,7 +7,7 @@ decodes and ablates. Under FSDP every rank holds but a shard, so all of them do 
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qwen3_vlm.evaluate.environment import describe_environment
 from qwen3_vlm.evaluate.gates import unmeasured_gate
 from qwen3_vlm.evaluate.golden import choose_golden, dump_golden
 from qwen3_vlm.evaluate.metrics import LossReport, evaluate_loss
+from qwen3_vlm.evaluate.text_drift import DriftReport
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 from qwen3_vlm.train.data_source import DataSource
@@ -35,6 +36,7 @@ class Evaluations:
     Args:
         model: without DDP's wrapper.
         folder: of the run; golden dumps go to `golden/` in it.
+        drift: measures how far an adapter moved the text behaviour, where there is one.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Evaluations:
         processor: Qwen3VLMProcessor,
         data: DataSource,
         folder: Path,
+        drift: Callable[[], DriftReport] | None = None,
     ) -> None:
         self._config, self._accelerator = config, accelerator
         self._model, self._processor, self._data = model, processor, data
-        self._folder = folder
+        self._folder, self._drift = folder, drift
         self._sharded = accelerator.distributed_type == DistributedType.FSDP
         self._golden_dumped: dict[int, dict[str, Any]] = {}
         if self._sharded:
@@ -75,14 +78,25 @@ class Evaluations:
             return {}
         if not indices:
             what = "No held-out sample has a picture" if len(held_out) else "No sample is held out"
-            return _unmeasured(f"{what}, so whether the model uses its pictures can't be measured.")
+            reason = f"{what}, so whether the model uses its pictures can't be measured."
+            return self._with_drift(_unmeasured(reason))
         try:
             with self._accelerator.autocast():
                 batches = self._data.eval_batches(indices, settings.batch_size)
                 report = run_ablation(self._model, batches, settings, seed=self._config.seed)
         except DataError as problem:
-            return _unmeasured(str(problem))
-        return {"gates": report.gates(), "ablation": report.to_dict(), "summary": report.summary()}
+            return self._with_drift(_unmeasured(str(problem)))
+        found = {"gates": report.gates(), "ablation": report.to_dict(), "summary": report.summary()}
+        return self._with_drift(found)
+
+    def _with_drift(self, found: dict[str, Any]) -> dict[str, Any]:
+        if self._drift is None:
+            return found
+        with self._accelerator.autocast():
+            drift = self._drift()
+        found["gates"] += drift.gates()
+        found["summary"] |= {f"text_drift_{name}": value for name, value in drift.summary().items()}
+        return {**found, "text_drift": drift.to_dict()}
 
     def golden(self, step: int) -> dict[str, Any]:
         """Decode the golden set, write the dump of this step, and return its scores."""

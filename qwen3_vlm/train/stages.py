@@ -4,7 +4,7 @@
 `audit_gradients` looks after the first backward pass at what gradients really reached. Names are
 those of `model.named_parameters()` without the wrappers' prefixes; a component is the part of the
 model that a parameter lives in: vision_tower, vision_ln, resampler, projector, language_model, lm_head; new
-vocabulary rows are one of their own wherever they live.
+vocabulary rows and adapters (lora) are components of their own wherever they live.
 """
 
 import math
@@ -37,6 +37,11 @@ STAGES: dict[str, Stage] = {
         trains=("vision_ln", "resampler", "projector"),
         required=("resampler", "projector"),
         purpose="align the tower's patches with the language model's input space",
+    ),
+    "stage2_sft": Stage(
+        trains=("vision_ln", "resampler", "projector", "lora"),
+        required=("resampler", "projector", "lora"),
+        purpose="follow instructions about pictures: connector and an adapter on the language model's projections",
     ),
     "stage3_rows": Stage(
         trains=("vocabulary_rows",),
@@ -94,6 +99,10 @@ def set_modes(model: nn.Module, stage: Stage) -> None:
         for layer in module.modules():
             if isinstance(layer, GradientCheckpointingLayer) and getattr(layer, "gradient_checkpointing", False):
                 layer.training = True
+    if "lora" in stage.trains:
+        for name, module in model.named_modules():
+            if ".lora_" in name:
+                module.training = True  # the adapter's own dropout, inside a frozen component
 
 
 def check_trainable(model: nn.Module, stage: Stage) -> None:
@@ -167,7 +176,13 @@ def components(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(component, name without wrappers, parameter) of every parameter; a tied one comes once."""
     for name, parameter in model.named_parameters():
         bare = strip_wrappers(name)
-        yield "vocabulary_rows" if bare.endswith(".rows") else bare.split(".", 1)[0], bare, parameter
+        yield _component(bare), bare, parameter
+
+
+def _component(name: str) -> str:
+    if name.endswith(".rows"):
+        return "vocabulary_rows"
+    return "lora" if ".lora_" in name else name.split(".", 1)[0]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
