@@ -152,7 +152,8 @@ def open_model(
     from qwen3_vlm.tokenization.exact import choose_device
 
     folder = find_rows(checkpoint)
-    tokenizer = open_uti(uti or folder, device)
+    foreign = uti is None and not trust_remote_code  # a downloaded uti.yaml may not ask for code to be run
+    tokenizer = open_uti(uti or folder, device, ["text.trust_remote_code=false"] * foreign)
     where = None if device is None else choose_device(device)
     model = load_token_lm(folder, llm, device=where, trust_remote_code=trust_remote_code)
     model.token_space.require_same(tokenizer.token_space, f"What {uti or folder} loads")

@@ -1,6 +1,9 @@
 """`qwen3-vlm generate …` on a tiny add-on with tiny real codecs, and the commands of docs/generation.md."""
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,11 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from qwen3_vlm.errors import ModelError
 from qwen3_vlm.models.row_files import describe_base, save_rows
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
+from qwen3_vlm.tokenization.uti_config import TextConfig
 from tests.conftest import Run
 from tests.tiny import save_tiny_llm
 from tests.tokenization.tiny_models import save_tiny
@@ -126,3 +131,53 @@ def test_what_is_refused(run: Run, addon: Path, tmp_path: Path, arguments: tuple
 def test_a_folder_that_is_no_add_on(run: Run, tmp_path: Path) -> None:
     status, _, err = run("generate", "image", "x", "-o", tmp_path / "a.png", "--checkpoint", tmp_path)
     assert (status, err.startswith("Error: ")) == (1, True)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_an_add_on_may_not_ask_for_code_by_itself(
+    run: Run, addon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    folder = Path(shutil.copytree(addon, tmp_path / "addon"))
+    config = yaml.safe_load((folder / "uti.yaml").read_text())
+    config["text"]["trust_remote_code"] = True
+    (folder / "uti.yaml").write_text(yaml.safe_dump(config))
+    asked: list[bool] = []
+
+    def open_text(config: TextConfig, **_: object) -> None:
+        asked.append(config.trust_remote_code)
+        raise ModelError("Enough.")
+
+    monkeypatch.setattr("qwen3_vlm.tokenization.unified_tokenizer.open_text", open_text)
+    flags = ["--trust-remote-code"] * trusted
+    assert run("generate", "image", "x", "-o", tmp_path / "x.png", "--checkpoint", folder, *flags)[0] == 1
+    assert asked == [trusted]
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of docs/generation.md in one language."""
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_commands_of_the_docs(run: Run, addon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = [line[2:] for line in blocks("console")[0].splitlines() if line.startswith("$ ")]
+    assert len(commands) == 5
+    for command in commands:
+        adapted = command.replace("runs/stage3/rows", str(addon)).replace("0.7,0.9,1,1", "0.7,0.9,1")  # three codebooks
+        status, printed, err = run(*shlex.split(adapted)[1:])
+        assert (status, err) == (0, "")
+        assert printed
+
+
+def test_the_python_of_the_docs(addon: Path) -> None:
+    from qwen3_vlm.generate.generation import pad_left
+
+    pieces: list[object] = []
+    rows = [np.array([5, 6])]
+    input_ids, attention_mask = pad_left(rows, 0)
+    names = {"play": pieces.append, "input_ids": input_ids, "attention_mask": attention_mask}
+    for block in blocks("python"):
+        exec(block.replace("runs/stage3/rows", str(addon)).replace("top_k=50", "top_k=5"), names)
+    assert pieces
+    assert len(names["pictures"]) == 2  # type: ignore[arg-type]
