@@ -56,6 +56,7 @@ def render_report(run: RunFiles) -> str:
         loss_charts=[*_loss_charts(run), *task_charts(run)],
         cost_charts=_cost_charts(run),
         gates=gates,
+        only_gaps=all(gate["kind"] == "gap" for gate in gates),
         gate_chart=gate_chart(gates),
         condition_charts=[*picture_charts(run), *condition_charts(run)],
         gap_history=gap_history(run),

@@ -91,12 +91,11 @@ def order_of(run: RunFiles) -> dict[str, bool]:
 
 def _claim(run: RunFiles, gates: Sequence[Mapping[str, Any]]) -> str:
     """What gates that all pass say, and no more than that."""
-    if not is_token_run(run):
-        return "The pictures are used"
     claims = {
         "equal": "the base is as it was",
-        "gap": "sources and prompts are used",
+        "gap": "sources and prompts are used" if is_token_run(run) else "the pictures are used",
         "rate": "everything generated decodes",
+        "limit": "text behaviour stays within its limits",
     }
     kinds = [kind for kind in claims if any(gate["kind"] == kind for gate in gates)]
     sentence = ", ".join(claims[kind] for kind in kinds)
@@ -147,6 +146,8 @@ def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     values["asked"] = values["threshold"]
     if is_number(values["value"]) and kind == "rate":
         values |= {"found": {"percent": values["value"], **interval}, "asked": {"percent": values["threshold"]}}
+    if is_number(values["value"]) and kind == "limit":
+        values["asked"] = f"at most {values['threshold']}"
     if is_number(values["value"]) and kind == "equal":
         values |= {"found": gate_figures(gate), "asked": "none"}
     return {**values, "passed": gate.get("passed") is True, "reason": str(gate.get("reason") or "")}

@@ -9,11 +9,12 @@ from qwen3_vlm.evaluate.gates import (
     describe_gate,
     equality_gate,
     gate_failure,
+    limit_gate,
     rate_gate,
     recorded_failure,
     unmeasured_gate,
 )
-from qwen3_vlm.evaluate.intervals import wilson_interval
+from qwen3_vlm.evaluate.intervals import Interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -63,10 +64,18 @@ def test_rate_gates() -> None:
     assert [gate["passed"] for gate in (right, wrong, few)] == [True, False, False]
 
 
+def test_limit_gates() -> None:
+    right, wrong = (limit_gate("drift", Interval(value, 0.0, 0.3), 0.1, 32) for value in (0.1, 0.11))
+    assert describe_gate(right) == "passed, 0.100 [0.000, 0.300], at most 0.1"
+    assert wrong["reason"] == "It is 0.1100; at most 0.1 is allowed."
+    assert limit_gate("drift", Interval(0.0, 0.0, 0.0), 0.1, 0)["reason"] == "Nothing was measured."
+
+
 GAP = {"name": "i2t: noise - correct", "value": 0.5, "low": 0.4, "high": 0.6, "threshold": 0.15, "samples": 256,
        "win_rate": 0.9, "min_win_rate": 0.85, "passed": True, "reason": ""}  # fmt: skip
 EQUAL = equality_gate("integrity", "tensors", 0, 311)
 RATE = rate_gate("decodes", wilson_interval(64, 64), 64)
+LIMIT = limit_gate("drift", Interval(0.05, 0.0, 0.1), 0.1, 32)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,10 @@ RATE = rate_gate("decodes", wilson_interval(64, 64), 64)
         (RATE, {"value": 0.99}, "99.00 % came out right"),
         (RATE, {"threshold": None}, "are needed"),
         (RATE, {"samples": 3}, "3 samples were tried"),
+        (LIMIT, {}, ""),
+        (LIMIT, {"value": 0.2}, "It is 0.2000; at most 0.1"),
+        (LIMIT, {"value": math.nan}, "It is nan"),
+        (LIMIT, {"threshold": None}, "at most nan"),
         (EQUAL, {"kind": "nonsense"}, "There is no kind of gate 'nonsense'"),
         (unmeasured_gate("ablation", "There is no picture."), {}, "There is no picture."),
     ],

@@ -12,9 +12,9 @@ import pytest
 from qwen3_vlm.config import RunConfig, dump_yaml
 from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.evaluate.environment import describe_environment
-from qwen3_vlm.evaluate.gates import equality_gate, rate_gate
+from qwen3_vlm.evaluate.gates import equality_gate, limit_gate, rate_gate
 from qwen3_vlm.evaluate.golden import GoldenItem, thumbnail_uri
-from qwen3_vlm.evaluate.intervals import wilson_interval
+from qwen3_vlm.evaluate.intervals import Interval, wilson_interval
 from qwen3_vlm.evaluate.report import cell, duration, write_report
 from qwen3_vlm.evaluate.report_gates import gates_of, verdict_of
 from qwen3_vlm.evaluate.run_files import read_run
@@ -331,6 +331,18 @@ def test_sounds_can_be_heard(run: Path) -> None:
     assert seen.tags.count("audio") == 2
     assert [address[:14] for address in seen.addresses].count("data:audio/wav") == 2
     assert "t2a: words to sound" in seen.text
+
+
+def test_limits_on_what_an_adapter_moved(run: Path) -> None:
+    folder = full_run(run)
+    path = folder / "connector/evidence.json"
+    evidence = json.loads(path.read_text())
+    evidence["gates"].append(limit_gate("text drift: KL", Interval(0.02, 0.01, 0.03), 0.1, 32))
+    path.write_text(json.dumps(evidence))
+    seen = page(folder)
+    assert "The pictures are used, text behaviour stays within its limits: all 4 gates pass" in seen.text
+    assert "at most 0.1" in seen.text
+    assert "at least 1.500 nats per token" in seen.text, "the drift is no gap"
 
 
 def test_a_torn_token_run_is_still_a_page(run: Path) -> None:
