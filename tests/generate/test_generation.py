@@ -112,6 +112,16 @@ def test_eight_together_are_eight_alone(speaker: Speaker, target: str, guidance:
         model.token_space.require_content(segment.ids, segment.modality)
 
 
+def test_one_batch_may_hold_every_kind_of_answer(speaker: Speaker) -> None:
+    model, _ = speaker
+    prompts = [prompts_of(speaker, target)[n] for n, target in enumerate(("image", "audio", "text", "audio", "image"))]
+    options: dict[str, Any] = {"grammar": grammar_of(speaker), "sampling": SAMPLING}
+    together = generate_ids(model, prompts, **options)
+    alone = [generate_ids(model, [prompt], seed=n, **options)[0] for n, prompt in enumerate(prompts)]
+    assert [a[0].modality for a in together] == ["image", "audio", "text", "audio", "image"]
+    assert [a[0].ids.tolist() for a in together] == [a[0].ids.tolist() for a in alone]
+
+
 @pytest.mark.parametrize("target", ["image", "audio", "text"])
 @pytest.mark.parametrize(
     "way",
