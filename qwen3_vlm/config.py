@@ -114,9 +114,11 @@ class TaskConfig:
     loss_weight: float = 1.0  # what its losses are multiplied with
     ramp_from: float = 0.0  # share of all steps before which the task does not come at all …
     ramp_until: float = 0.0  # … and at which it has its full weight
+    source_dropout: float = 0.0  # share of the samples whose source is left out; what guidance is told from
 
     def __post_init__(self) -> None:
         require_positive(self, "weight", "loss_weight")
+        require(0 <= self.source_dropout < 1, "source_dropout", self.source_dropout, "must lie in 0…1")
         require(0 <= self.ramp_from < 1, "ramp_from", self.ramp_from, "must lie in 0…1")
         require(self.ramp_from <= self.ramp_until <= 1, "ramp_until", self.ramp_until, "must lie in ramp_from…1")
 
@@ -223,7 +225,7 @@ class SweepConfig:
 class RunConfig:
     """One training run."""
 
-    stage: Literal["stage1_align", "stage2_sft", "stage3_rows"] = "stage1_align"
+    stage: Literal["stage1_align", "stage2_sft", "stage3_rows", "stage4_mmpt"] = "stage1_align"
     output_dir: str = "runs/stage1_align"
     seed: int = 0
     save_every: int = 1000  # optimizer steps between checkpoints
@@ -253,6 +255,7 @@ UNREAD: dict[str, tuple[str, ...]] = {
     "stage1_align": ("lora", "rows", "tokens"),
     "stage2_sft": ("rows", "tokens", "sweep"),
     "stage3_rows": ("data", "lora", "sweep"),
+    "stage4_mmpt": ("data", "sweep"),
 }
 
 

@@ -9,6 +9,7 @@ cut into micro-batches, so little is padding.
 Shapes: B rows, T tokens, K tasks.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -156,9 +157,13 @@ class TokenBatches(Dataset[Batch]):
         *,
         max_seq_len: int | None = None,
         noise_seed: int = 0,
+        source_dropout: Mapping[str, float] | None = None,
     ) -> None:
+        """Args: source_dropout: by task, the share of samples whose source is left out; which ones follows from
+        the seed and the sample's draw."""
         self.records, self.token_space, self.collator = records, token_space, collator
         self.batches, self.max_seq_len, self.noise_seed = batches, max_seq_len, noise_seed
+        self.source_dropout = dict(source_dropout or {})
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -173,6 +178,8 @@ class TokenBatches(Dataset[Batch]):
                 sequence = build_sequence(
                     self.token_space, sample.task, record.ids, max_len=self.max_seq_len, noise_key=noise
                 )
+                if self._drops_source(sample):
+                    sequence = sequence.without_source()
                 made.append((sequence, sample, record.id))
             except (RecordError, TokenError) as error:
                 origin = self.records.origin(sample.record)
@@ -180,3 +187,10 @@ class TokenBatches(Dataset[Batch]):
                 skipped.append(SkippedRecord(sample.record, name, origin, error.reason, str(error)))
         sequences, samples, ids = zip(*made, strict=True) if made else ((), (), ())
         return self.collator(sequences, samples, ids, skipped)
+
+    def _drops_source(self, sample: TaskSample) -> bool:
+        rate = self.source_dropout.get(sample.task, 0.0)
+        if not rate:
+            return False
+        key = hashlib.sha256(f"{self.noise_seed}/{sample.task}/{sample.draw}/source".encode()).digest()
+        return int.from_bytes(key[:8], "big") < rate * 2**64

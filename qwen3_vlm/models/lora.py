@@ -25,6 +25,7 @@ from qwen3_vlm.storage import atomic_file, atomic_write_json, read_json
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
+LORA = "lora/"  # before the names of an adapter's tensors, where they stand beside those of another add-on
 NAME = "default"  # PEFT's name of the one adapter
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -58,6 +59,17 @@ def add_lora(
     for parameter in lora_parameters(trunk).values():
         parameter.data = parameter.data.float()
     return targets
+
+
+def marked(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's names, marked as such."""
+    return {f"{LORA}{name}": value for name, value in adapter.items()}
+
+
+def unmarked(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What stands without the mark, and the adapter under its own names."""
+    others = {name: value for name, value in found.items() if not name.startswith(LORA)}
+    return others, {name.removeprefix(LORA): value for name, value in found.items() if name.startswith(LORA)}
 
 
 def has_lora(module: nn.Module) -> bool:

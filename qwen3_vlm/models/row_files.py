@@ -5,6 +5,7 @@
     token_space.json, token_space.sha256    what the ids mean
     uti.yaml                                the tokenizers behind them
     evidence.json                           gates and figures
+    adapter_model.safetensors, adapter_config.json   LoRA on the base, where a stage trained it; PEFT's format
 
 `row_start` is the base's number of embedding rows, `row_end` the size of the whole vocabulary: one beyond the last row.
 Rows of another base, another token space or another range, changed files, pickles with anything but such rows in
@@ -32,6 +33,7 @@ from qwen3_vlm.models.add_on_files import (
     tensor_findings,
 )
 from qwen3_vlm.models.bases import load_strictly
+from qwen3_vlm.models.lora import ADAPTER, ADAPTER_FILES, lora_parameters, marked, read_adapter, unmarked, write_adapter
 from qwen3_vlm.models.row_base import base_differences, describe_base, fingerprint_base, require_base_files
 from qwen3_vlm.models.row_tensors import DTYPE, ROW_NAMES, read_layout, read_row_tensors, write_row_tensors
 from qwen3_vlm.models.token_lm import TokenLM
@@ -60,7 +62,7 @@ ROWS_TENSORS, ROWS_INFO = "trainable_rows.pt", "trainable_rows.json"
 MAX_UTI_BYTES = 1_000_000
 MAX_WIDTH = 262_144
 _REQUIRED_FILES = (ROWS_TENSORS, EVIDENCE, FILE_NAME, HASH_NAME)
-_FILES = (*_REQUIRED_FILES, CONFIG_NAME)
+_FILES = (*_REQUIRED_FILES, CONFIG_NAME, *ADAPTER_FILES)
 _NUMBERS = {"row_start": MAX_IDS, "row_end": MAX_IDS + 1, "width": MAX_WIDTH}
 
 
@@ -110,7 +112,10 @@ def write_rows(
             f"The tokenizer of {base['base_llm']} is not the one that the token space was built with (sha256 "
             f"{found[:12]}…, {space.text.tokenizer_sha256[:12]}… is needed), so text ids would mean something else."
         )
-    rows = dict(tensors if tensors is not None else model.row_parameters())
+    found_here = model.row_parameters() | marked(lora_parameters(model.language_model))
+    rows, adapter = unmarked(tensors if tensors is not None else found_here)
+    if adapter:
+        write_adapter(folder, model.language_model, model.trunk_prefix, base["base_llm"], adapter)
     first, end = space.text.vocab_size, space.vocab_size_total
     write_row_tensors(folder / ROWS_TENSORS, rows, first, end, base["base_llm"])
     atomic_write_json(folder / EVIDENCE, dict(evidence or {"format": 1, "gates": []}))
@@ -124,7 +129,7 @@ def write_rows(
         "row_end": end,
         "width": rows["embeddings"].shape[1],
         "has_lm_head": "lm_head" in rows,
-        "parameters": sum(tensor.numel() for tensor in rows.values()),
+        "parameters": sum(tensor.numel() for tensor in [*rows.values(), *adapter.values()]),
         "dtype": DTYPE,
         "base_dtype": str(model.dtype).removeprefix("torch."),
         **base,
@@ -143,7 +148,7 @@ def find_rows(source: str | Path) -> Path:
     return resolve_folder(
         source,
         what="add-on",
-        patterns=("trainable_rows.*", "token_space.*", CONFIG_NAME, EVIDENCE),
+        patterns=("trainable_rows.*", "token_space.*", "adapter_*", CONFIG_NAME, EVIDENCE),
         required=(ROWS_INFO, *_REQUIRED_FILES),
     )
 
@@ -265,6 +270,8 @@ def load_rows(directory: str | Path, model: TokenLM, base: Mapping[str, Any] | N
     with torch.no_grad():
         for name, parameter in model.row_parameters().items():
             parameter.copy_(tensors[name])
+    if ADAPTER in info["files"]:
+        read_adapter(Path(directory), model.language_model, model.trunk_prefix)
     return info
 
 

@@ -93,6 +93,13 @@ class TokenSequence:
         """The span of that name."""
         return next(span for span in self.spans if span.name == name)
 
+    def without_source(self) -> "TokenSequence":
+        """The same example after a prompt that has nothing in its source, as `unconditional_prompt` has it."""
+        source, target = self.span("source"), self.span("target")
+        kept = np.r_[: source.start, source.stop : len(self)]
+        spans = _spans(sequence_format(self.task), 0, target.stop - target.start)
+        return TokenSequence(self.task, self.input_ids[kept], self.labels[kept], spans)
+
     @property
     def num_label_tokens(self) -> int:
         return int((self.labels != IGNORED).sum())
@@ -212,8 +219,8 @@ def unconditional_prompt(token_space: TokenSpace, task: str) -> Ids:
 
         <|text_start|> <|text_end|>  <|gen_img|>  <|img_start|>        t2i
 
-    What guidance compares a prompt with, and what an "empty" prompt of an ablation is. No training example looks
-    like it: `build_sequence` refuses an empty source.
+    What guidance compares a prompt with, and what an "empty" prompt of an ablation is. `build_sequence` refuses an
+    empty source; a training example looks like this only where `TokenSequence.without_source` made it so.
 
     Raises:
         TokenError: there is no such task.

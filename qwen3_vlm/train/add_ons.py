@@ -36,8 +36,10 @@ from qwen3_vlm.models.lora import (
     ADAPTER_FILES,
     has_lora,
     lora_parameters,
+    marked,
     merge_lora,
     read_adapter,
+    unmarked,
     write_adapter,
 )
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
@@ -54,8 +56,6 @@ from qwen3_vlm.train.connector_files import (
     read_tensors,
 )
 from qwen3_vlm.train.identity import base_differences, describe_bases, file_differences
-
-LORA = "lora/"  # before the names of an adapter's tensors, where they stand beside the connector's
 
 
 def save_connector(
@@ -94,10 +94,8 @@ def write_connector(
 ) -> None:
     """The files of `save_connector` in a folder whose atomicity is the caller's."""
     trunk: Any = model.model.language_model
-    own = {**model.connector_state_dict(), **{f"{LORA}{name}": value for name, value in lora_parameters(trunk).items()}}
-    found = dict(tensors if tensors is not None else own)
-    state = {name: tensor for name, tensor in found.items() if not name.startswith(LORA)}
-    adapter = {name.removeprefix(LORA): tensor for name, tensor in found.items() if name.startswith(LORA)}
+    found = tensors if tensors is not None else model.connector_state_dict() | marked(lora_parameters(trunk))
+    state, adapter = unmarked(found)
     if adapter:
         write_adapter(folder, trunk, adapter_prefix(model), str(bases["llm"]["id"]), adapter)
     atomic_write_json(folder / EVIDENCE, dict(evidence or {"format": 1, "gates": []}))

@@ -141,6 +141,7 @@ RECIPES = {
     "stage1_align": ("qwen3_vlm.train.connector_recipe", "ConnectorRecipe"),
     "stage2_sft": ("qwen3_vlm.train.sft_recipe", "InstructionRecipe"),
     "stage3_rows": ("qwen3_vlm.train.rows_recipe", "RowsRecipe"),
+    "stage4_mmpt": ("qwen3_vlm.train.mmpt_recipe", "PretrainingRecipe"),
 }
 
 

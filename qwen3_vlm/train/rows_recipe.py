@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qwen3_vlm.config import RunConfig
 from qwen3_vlm.errors import ModelError, Qwen3VLMError
 from qwen3_vlm.evaluate.parameter_integrity import base_digests
-from qwen3_vlm.evaluate.text_identity import TextBehaviour, measure_text
+from qwen3_vlm.evaluate.text_identity import TextBehaviour, compare_text, measure_text
 from qwen3_vlm.models.bases import load_strictly
 from qwen3_vlm.models.row_files import describe_base, load_rows, write_rows
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
+from qwen3_vlm.train.checkpoint import whole
 from qwen3_vlm.train.recipe import Recipe
 from qwen3_vlm.train.step_plan import MixtureSteps
 from qwen3_vlm.train.token_evaluations import TokenEvaluations
@@ -109,14 +110,24 @@ class RowsRecipe(Recipe):
 
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
         """One group for each set of rows; the head of an untied base may have a rate of its own."""
+        return self.row_groups(model)
+
+    def row_groups(self, model: TokenLM) -> list[dict[str, Any]]:
+        """The optimizer's groups of the rows alone."""
         optim, rows = self.config.optim, self.config.rows
         scales = {"embeddings": 1.0, "lm_head": (rows.head_learning_rate or optim.learning_rate) / optim.learning_rate}
-        return [{"params": [found], "scale": scales[name]} for name, found in self.parameters(model).items()]
+        return [{"params": [found], "scale": scales[name]} for name, found in model.row_parameters().items()]
+
+    def text_report(self, model: Any) -> tuple[str, Any]:
+        """Name and report of what is asked of text behaviour: here, that it is the same to the bit."""
+        assert self.text_before is not None  # every working rank has measured it
+        return "text_identity", compare_text(self.text_before, measure_text(model, self.tokenizer))
 
     def figures(self, model: Any) -> dict[str, float]:
         """Norms of the new rows: their mean and extremes tell rows that run away from those that are never said."""
         found: dict[str, float] = {}
-        for name, rows in self.tensors(model).items():
+        for name, parameter in model.row_parameters().items():
+            rows = whole(parameter)
             prefix = "head_" if name == "lm_head" else ""
             norms = rows.float().norm(dim=-1)
             found |= {

@@ -48,6 +48,11 @@ STAGES: dict[str, Stage] = {
         required=("vocabulary_rows",),
         purpose="learn what the new ids mean and when to say them; every row of the base stays as it is",
     ),
+    "stage4_mmpt": Stage(
+        trains=("vocabulary_rows", "lora"),
+        required=("vocabulary_rows", "lora"),
+        purpose="read and write pictures and sounds: new rows, and an adapter on the language model's projections",
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from qwen3_vlm.evaluate.gates import unmeasured_gate
 from qwen3_vlm.evaluate.metrics import LossReport, evaluate_loss
 from qwen3_vlm.evaluate.parameter_integrity import base_digests, compare_digests
 from qwen3_vlm.evaluate.prompt_ablation import run_prompt_ablation
-from qwen3_vlm.evaluate.text_identity import compare_text, measure_text
+from qwen3_vlm.evaluate.text_identity import measure_text
 from qwen3_vlm.evaluate.token_ablation import run_token_ablation
 from qwen3_vlm.evaluate.token_golden import choose_records, dump_token_golden, score_token_golden
 from qwen3_vlm.evaluate.token_losses import TokenRecord
@@ -71,10 +71,10 @@ class TokenEvaluations:
         if not self._working:
             return {}
         recipe = self._recipe
-        assert recipe.text_before is not None  # every working rank has measured it
+        section, text = recipe.text_report(self._model)
         reports: dict[str, dict[str, Any]] = {
             "parameter_integrity": {"": compare_digests(recipe.digests, base_digests(self._model))},
-            "text_identity": {"": compare_text(recipe.text_before, measure_text(self._model, recipe.tokenizer))},
+            section: {"": text},
             "token_ablation": {},
             "prompt_ablation": {},
             "decode_success": {},

@@ -1,6 +1,6 @@
 """From the tokens section of a config to the task samples of training, evaluation and the golden set."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,15 @@ class TokenSource:
 
     def train_batches(self, micro_batches: Sequence[Sequence[TaskSample]]) -> Iterator[Batch]:
         """These micro-batches, in order, read by worker processes."""
-        weights = {name: self.config.tasks[_section(self.config, name)].loss_weight for name in self.tasks}
+        settings = {name: self.config.tasks[_section(self.config, name)] for name in self.tasks}
+        weights = {name: task.loss_weight for name, task in settings.items()}
         plain = all(weight == 1.0 for weight in weights.values())
-        return self._iterate(self.train, TokenCollator(self.token_space, None if plain else weights), micro_batches)
+        return self._iterate(
+            self.train,
+            TokenCollator(self.token_space, None if plain else weights),
+            micro_batches,
+            {name: task.source_dropout for name, task in settings.items()},
+        )
 
     def eval_batches(self, task: str, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         """Held-out records as one task, in batches."""
@@ -105,7 +111,11 @@ class TokenSource:
             yield record.id, record.ids
 
     def _iterate(
-        self, records: TokenRecords, collator: TokenCollator, batches: Sequence[Sequence[TaskSample]]
+        self,
+        records: TokenRecords,
+        collator: TokenCollator,
+        batches: Sequence[Sequence[TaskSample]],
+        source_dropout: Mapping[str, float] | None = None,
     ) -> Iterator[Batch]:
         dataset = TokenBatches(
             records,
@@ -114,6 +124,7 @@ class TokenSource:
             batches,
             max_seq_len=self.config.max_seq_len,
             noise_seed=self.seed,
+            source_dropout=source_dropout,
         )
         loader = ordered_loader(dataset, self.config.num_workers)
         loader.worker_init_fn = leave_to_parent

@@ -12,7 +12,7 @@ from qwen3_vlm.data.shards import open_shards
 from qwen3_vlm.data.task_mixture import TaskSample
 from qwen3_vlm.data.token_batches import TASK_NUMBERS, TokenBatches, TokenCollator, TokenRecords, cut_micro_batches
 from qwen3_vlm.errors import RecordError
-from qwen3_vlm.tokenization.sequences import SEQUENCES, DropCounter, build_sequence
+from qwen3_vlm.tokenization.sequences import SEQUENCES, DropCounter, build_sequence, unconditional_prompt
 from tests.data.tiny_shards import tiny_space, write_tiny
 
 SPACE = tiny_space()
@@ -116,3 +116,25 @@ def test_a_damaged_record_is_listed_and_the_others_stay(records: TokenRecords) -
     alone = TokenBatches(damaged, SPACE, TokenCollator(SPACE), [chosen[1:2]])[0]
     assert alone.inputs == {}
     assert alone.num_label_tokens == 0
+
+
+def test_dropped_sources_leave_the_unconditional_prompt(records: TokenRecords) -> None:
+    """Which samples lose theirs follows from seed and draw; about as many as asked for; targets and labels stay."""
+    chosen = [TaskSample("t2i", int(records.usable("t2i", 99, DropCounter())[0]), draw) for draw in range(400)]
+    options: Any = {"noise_seed": 1, "source_dropout": {"t2i": 0.25}}
+    dataset = TokenBatches(records, SPACE, TokenCollator(SPACE), [chosen], **options)
+    inputs = dataset[0].inputs
+    lengths = inputs["attention_mask"].sum(dim=1)
+    dropped = lengths == lengths.min()
+    assert 70 <= int(dropped.sum()) <= 130
+    row = int(dropped.nonzero()[0])
+    whole = build_sequence(SPACE, "t2i", records[chosen[0].record].ids)
+    prompt = unconditional_prompt(SPACE, "t2i")
+    size = int(lengths[row])
+    assert inputs["input_ids"][row, : len(prompt)].tolist() == prompt.tolist()
+    assert inputs["labels"][row, len(prompt) : size].tolist() == [label for label in whole.labels if label != -100]
+    assert (inputs["labels"][row, : len(prompt)] == -100).all()
+    again = TokenBatches(
+        records, SPACE, TokenCollator(SPACE), [chosen[200:]], noise_seed=1, source_dropout={"t2i": 0.25}
+    )
+    assert torch.equal(again[0].inputs["attention_mask"].sum(dim=1), lengths[200:])

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qwen3_vlm.errors import CheckpointError, ConfigError, DataError
+from qwen3_vlm.models.lora import without_lora
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.train import train_utils
 from qwen3_vlm.train.train_utils import train
@@ -161,3 +163,25 @@ def test_tied_and_untied_heads_have_their_own_rates(dataset: Path, tmp_path: Pat
         moved[rate] = {name: (rows[name] - fresh[name]).abs().max().item() for name in ("embeddings", "lm_head")}
     assert moved[1e-2]["embeddings"] == pytest.approx(moved[1e-3]["embeddings"], rel=1e-4)
     assert moved[1e-2]["lm_head"] == pytest.approx(10 * moved[1e-3]["lm_head"], rel=1e-2)
+
+
+def test_stage_4_trains_rows_and_an_adapter(dataset: Path, whole_run: Path, tmp_path: Path) -> None:
+    """From a stage-3 directory; the result loads with its adapter, without it text is the base's to the bit."""
+    settings: dict[str, Any] = {"stage": "stage4_mmpt", "rows__add_on": str(whole_run / "rows"), "lora__rank": 4}
+    settings["tokens__tasks"] = {"i2t": {}, "t2i": {"source_dropout": 0.5}, "a2i": {}}
+    train(token_config(tmp_path / "run", dataset, **settings))
+    folder = tmp_path / "run" / "rows"
+    model = TokenLM.from_add_on(folder)
+    ids = torch.arange(40).reshape(2, 20)
+    base = AutoModelForCausalLM.from_pretrained(dataset.parent / "tokenizers" / "llm", dtype=torch.float32)
+    used, whole = model.token_space.text.tokenizer_size, (0, model.token_space.text.vocab_size)
+    moved = model(ids, score_range=whole).logits[..., :used]
+    assert not torch.equal(moved, base(ids).logits[..., :used])
+    with without_lora(model):
+        assert torch.equal(model(ids, score_range=whole).logits[..., :used], base(ids).logits[..., :used])
+    evidence = json.loads((folder / "evidence.json").read_text())
+    assert evidence["text_drift"]["kl"]["value"] > 0
+    assert "text_identity" not in evidence
+    assert next(gate for gate in evidence["gates"] if gate["name"] == "parameter integrity")["passed"]
+    theirs = PeftModel.from_pretrained(base, str(folder)).eval()
+    assert torch.equal(theirs(ids).logits[..., :used], moved)
