@@ -42,6 +42,7 @@ __all__ = [
     "generate_image",
     "generate_segments",
     "generate_text",
+    "run",
     "task_of",
 ]
 
