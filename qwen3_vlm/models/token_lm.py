@@ -77,6 +77,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.token_space = token_space
         self.language_model = llm.base_model
+        self.trunk_prefix = str(llm.base_model_prefix)  # the decoder's name inside the causal LM
         self.lm_head: SplitHead = llm.get_output_embeddings()
         self.generation_config = copy.deepcopy(llm.generation_config)
         self._no_split_modules = llm._no_split_modules
@@ -173,6 +174,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         """
         if labels is not None:
             kwargs = {"use_cache": False, **kwargs}  # packed positions are only recognised without one
+        self.embedding.lend_rows = labels is not None and self.tied and not logit_rules(self.config)
         outputs = self._decode(
             input_ids,
             inputs_embeds,
@@ -212,7 +214,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
 
     def _decode(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, **kwargs: Any) -> Any:
         if self.widened and inputs_embeds is None:
-            input_ids, inputs_embeds = None, self.embedding(input_ids).float()
+            input_ids, inputs_embeds = None, self.embedding(input_ids)
         return self.language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _scores(self, hidden: Tensor, score_range: ScoreRange | None = None) -> Tensor:
@@ -226,7 +228,8 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         head = self.lm_head
         if not logit_rules(self.config):
             options: Any = {"num_used": head.num_used, "label_smoothing": smoothing, "z_loss": z_loss}
-            loss = split_cross_entropy(graded, head.weight, head.rows, target, **options)
+            rows = self.embedding.lent_rows() if self.tied else head.rows
+            loss = split_cross_entropy(graded, head.weight, rows, target, **options)
         else:
             if smoothing or z_loss:
                 raise ValueError("label_smoothing and z_loss are not there for a head with a soft cap or a scale.")

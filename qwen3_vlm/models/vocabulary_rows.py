@@ -33,12 +33,17 @@ class SplitEmbedding(nn.Module):
     Args:
         base: the base's own embedding module; what it does to its vectors (a scale, a padding row) stays its own.
         rows: (N, D) of ids V_base … V_base + N − 1.
+
+    Attributes:
+        lend_rows: keep the rows for the head of the same pass, see `lent_rows`.
     """
 
     def __init__(self, base: nn.Embedding, rows: nn.Parameter) -> None:
         super().__init__()
         self.base = base
         self.rows = rows
+        self.lend_rows = False
+        self._lent: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -54,14 +59,51 @@ class SplitEmbedding(nn.Module):
         return self.base.embedding_dim
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(…,) → (…, D) in the base's dtype."""
+        """(…,) → (…, D) in the base's dtype, or in fp32 where a 16-bit base is multiplied in fp32."""
         first = self.base.num_embeddings
         from_base: Tensor = self.base(input_ids.clamp(max=first - 1))
-        from_rows = F.embedding((input_ids - first).clamp(min=0), self.rows).to(from_base.dtype)
+        from_base = from_base.float() if must_widen(self.weight) else from_base
+        from_rows = self._look_up((input_ids - first).clamp(min=0)).to(from_base.dtype)
         scale = getattr(self.base, "embed_scale", None)  # Gemma scales inside its embedding
         if scale is not None:
             from_rows = from_rows * scale
         return torch.where((input_ids >= first).unsqueeze(-1), from_rows, from_base)
+
+    def _look_up(self, index: Tensor) -> Tensor:
+        if not self.lend_rows or torch.compiler.is_compiling():
+            return F.embedding(index, self.rows)
+        vectors, self._lent = _LookUp.apply(self.rows, index)
+        return vectors
+
+    def lent_rows(self) -> Tensor:
+        """The rows for a tied head: those of the last lookup, once, or the parameter itself.
+
+        Looked up and lent by one operation, their two gradients are added in place. As two uses of one parameter
+        each would have a gradient of all rows at the same time.
+        """
+        lent, self._lent = self._lent, None
+        return self.rows if lent is None else lent
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows by id, and all rows unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D), (…,) → (…, D), (N, D)."""
+        ctx.save_for_backward(index)
+        ctx.rows_like = {"size": rows.shape, "dtype": rows.dtype, "device": rows.device}
+        ctx.set_materialize_grads(False)
+        return F.embedding(index, rows), rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None]:
+        of_vectors, of_rows = grad_outputs
+        (index,) = ctx.saved_tensors
+        if of_vectors is None:
+            return of_rows, None
+        of_rows = torch.zeros(**ctx.rows_like) if of_rows is None else of_rows
+        return of_rows.index_add_(0, index.flatten(), of_vectors.flatten(0, -2)), None
 
 
 class SplitHead(nn.Module):
