@@ -1,4 +1,4 @@
-"""A base and its trained rows as one ordinary Hugging Face folder, that needs nothing of this package.
+"""A base, its trained rows and any adapter as one ordinary Hugging Face folder that needs nothing of this package.
 
 Here, and here alone, the two blocks of rows are joined. The base's class stays what it is, and a tied base stays tied.
 Its tokenizer gets a name for every id beyond its own, so that ids and strings line up.
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from qwen3_vlm.errors import ConfigError, ModelError
 from qwen3_vlm.models.add_on_files import EVIDENCE, named_dtype, require_new_folder
 from qwen3_vlm.models.bases import load_strictly
+from qwen3_vlm.models.lora import ADAPTER, merge_lora, read_adapter
 from qwen3_vlm.models.row_base import load_tokenizer, require_base_files
 from qwen3_vlm.models.row_files import check_layout, find_rows, load_token_lm, read_rows, read_rows_info
 from qwen3_vlm.models.vocabulary_rows import is_tied
@@ -67,6 +68,8 @@ def export_rows(
 ) -> str:
     """Write base and rows as one folder for `AutoModelForCausalLM` and `AutoTokenizer`; return a sentence that says so.
 
+    An adapter is merged into the base's weights.
+
     Args:
         directory: trainable-rows folder or hub id.
         llm: hub id or folder of the base; None takes what trainable_rows.json names.
@@ -90,6 +93,9 @@ def export_rows(
     if not any(where.glob("*.safetensors")):  # a base of pickled weights is first known in memory
         load_token_lm(folder, where, attn_implementation="eager", trust_remote_code=trust_remote_code)
     model = load_strictly(AutoModelForCausalLM, where, weights, "eager", trust_remote_code)
+    if ADAPTER in info["files"]:
+        read_adapter(folder, model.base_model, model.base_model_prefix)
+        merge_lora(model.base_model)
     join_rows(model, read_rows(folder, info), space.vocab_size_total)
     model.config.token_space_sha256 = space.sha256
     model.generation_config = _generation_config(model, space)

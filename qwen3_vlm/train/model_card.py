@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qwen3_vlm.checks import Check
+from qwen3_vlm.models.lora import ADAPTER
 from qwen3_vlm.tokenization.sequences import BOUNDARIES, SEQUENCES
 from qwen3_vlm.tokenization.token_space import Content, TokenSpace
 
@@ -37,16 +38,16 @@ def model_card(
     parts = [
         _front_matter(info, space),
         f"# {space.text.name} with {' and '.join(_abilities(space))}",
-        f"An ordinary `{kind}`: the language model **{space.text.name}**, its weights unchanged, with "
+        f"An ordinary `{kind}`: the language model **{space.text.name}**, {_base_weights(info)}, with "
         f"{info['row_end'] - info['row_start']:,} vocabulary rows behind its own (ids {info['row_start']:,} to "
-        f"{info['row_end'] - 1:,}; embedding and head: {blocks}). Only these rows were trained"
-        f"{_training(info)}. Weights are {precision}.",
+        f"{info['row_end'] - 1:,}; embedding and head: {blocks}). Nothing else was trained{_training(info)}. "
+        f"Weights are {precision}.",
         _example(space, names),
         "## Ids\n\n" + _ranges(space, names),
         "## Prompts\n\nEach ends with the token after which the model goes on, until the end token of that segment.\n\n"
         + _prompts(space, names),
         "## Evidence\n\n" + _gates(gates),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(space, precision)),
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(info, space, precision)),
         "## Identity\n\n" + _identity(info, space),
     ]
     return "\n\n".join(parts) + "\n"
@@ -60,6 +61,10 @@ def _front_matter(info: Mapping[str, Any], space: TokenSpace) -> str:
 
 def _abilities(space: TokenSpace) -> list[str]:
     return ["pictures"] * (space.image is not None) + ["sound"] * (space.audio is not None) or ["special tokens"]
+
+
+def _base_weights(info: Mapping[str, Any]) -> str:
+    return "with a LoRA adapter merged into its weights" if ADAPTER in info["files"] else "its weights unchanged"
 
 
 def _training(info: Mapping[str, Any]) -> str:
@@ -123,21 +128,23 @@ def _gates(gates: Sequence[Check]) -> str:
     return _table(["gate", "outcome", "figures"], rows) + "\n\nAll figures are in `evidence.json`."
 
 
-def _limits(space: TokenSpace, precision: str) -> list[str]:
+def _limits(info: Mapping[str, Any], space: TokenSpace, precision: str) -> list[str]:
     lines = [
         "Nothing here keeps ids in order: a free-running model may give a picture too few ids, or a sound's codebooks "
         "in the wrong order, and such ids do not decode. `qwen3-vlm generate` allows only what decodes.",
         "Pictures and sounds become ids, and ids become pictures and sounds, by the tokenizers that `uti.yaml` names.",
         "A string such as `<|img_start|>` in a text is that token. Encode text from others with "
         "`split_special_tokens=True`.",
-        "With new ids allowed, answers in words can differ from the base's; over its own ids the scores are the same.",
+        "With the adapter, answers in words are not the base's; `evidence.json` says how far they moved."
+        if ADAPTER in info["files"]
+        else "With new ids allowed, answers in words can differ from the base's; over its own ids scores are the same.",
     ]
     if space.text.tokenizer_size < space.text.vocab_size:
         lines.append(
             "The base's unused rows keep its weights; `generation_config.json` suppresses them, `qwen3-vlm` scores −∞."
         )
     if precision != "float32":
-        lines.append(f"The rows were trained in float32 and are rounded to {precision} here.")
+        lines.append(f"What was trained in float32 is rounded to {precision} here.")
     return lines
 
 

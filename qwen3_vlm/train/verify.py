@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
+
 from qwen3_vlm.checks import Check
-from qwen3_vlm.errors import AddOnError, ConfigError, GateError, ModelError
+from qwen3_vlm.errors import AddOnError, ConfigError, GateError, ModelError, TamperedFileError
 from qwen3_vlm.evaluate.gates import gate_figures, recorded_failure
 from qwen3_vlm.models.add_on_files import EVIDENCE, base_folder, refuse_differences, tensor_findings
+from qwen3_vlm.models.lora import ADAPTER
 from qwen3_vlm.models.row_base import require_base_files
 from qwen3_vlm.models.row_files import (
     ROWS_TENSORS,
@@ -31,7 +35,8 @@ from qwen3_vlm.train.connector_files import (
 )
 from qwen3_vlm.train.identity import file_differences
 
-ROW_GATES = ("parameter integrity", "text identity")  # what every stage-3 run measures, whatever its tasks
+ROW_GATES = ("parameter integrity", "text identity")  # what every run measures, whatever its tasks
+ADAPTER_GATES = ("parameter integrity", "text drift")  # the same where an adapter was trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,7 @@ def verify_rows(
     """Check a trainable-rows folder's files, token space, rows and base; no base is loaded.
 
     A base that trainable_rows.json names but that is not on this machine is reported as not checked. With `gates`,
-    the gates that every stage-3 run has must be there, and all must have passed.
+    the gates that every run has must be there, and all must have passed.
 
     Raises:
         AddOnError, TamperedFileError, TokenSpaceError, ConfigError: its files or rows are not what they should be.
@@ -113,11 +118,12 @@ def verify_rows(
         Check("token space", True, f"{space.vocab_size_total:,} ids, sha256 {space.sha256}"),
         _uti_check(folder, info),
         Check("rows", True, f"{' and '.join(rows)} of ids {_ids(info)}, {count:,} parameters, all finite"),
+        *_adapter_check(folder, info),
         _verify_llm(llm, info, folder, trust_remote_code),
     ]
     found = recorded_gates(folder)
     if gates:
-        _require_gates(folder, found, ROW_GATES)
+        _require_gates(folder, found, ADAPTER_GATES if ADAPTER in info["files"] else ROW_GATES)
     return VerifyReport(folder, (*checks, *found))
 
 
@@ -189,6 +195,21 @@ def _uti_check(folder: Path, info: Mapping[str, Any]) -> Check:
     config = load_uti_config(folder)
     sources = [part.source for part in (config.image, config.audio) if part is not None]
     return Check("uti", True, f"{CONFIG_NAME} names {', '.join([config.text.tokenizer, *sources])}")
+
+
+def _adapter_check(folder: Path, info: Mapping[str, Any]) -> list[Check]:
+    """One line if there is an adapter; whether it fits is known with the base."""
+    if ADAPTER not in info["files"]:
+        return []
+    try:
+        tensors = safetensors.torch.load_file(folder / ADAPTER)
+    except (safetensors.SafetensorError, OSError, ValueError) as problem:
+        raise TamperedFileError(f"{folder / ADAPTER} is no readable safetensors file ({problem}).") from problem
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise AddOnError(f"{folder / ADAPTER} holds values that are not finite, in {bad[0]}.")
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return [Check("adapter", True, f"{len(tensors)} tensors, {count:,} parameters, all finite")]
 
 
 def _ids(info: Mapping[str, Any]) -> str:

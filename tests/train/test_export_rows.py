@@ -24,12 +24,15 @@ from transformers import (
 )
 
 from qwen3_vlm.errors import AddOnError, BaseMismatchError, ConfigError, ModelError, StorageError
+from qwen3_vlm.models.lora import add_lora, lora_parameters
+from qwen3_vlm.models.row_files import describe_base, save_rows
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.token_names import token_names
 from qwen3_vlm.tokenization.token_space import TokenSpace
 from qwen3_vlm.train.export_rows import export_add_on, export_rows, join_rows, name_tokens
+from qwen3_vlm.train.verify import verify_add_on
 from tests.conftest import Run
-from tests.tiny import VOCABULARY_ROWS, save_tiny_llm, save_tiny_rows, tiny_row_space, tiny_tokenizer
+from tests.tiny import PASSED_GATE, VOCABULARY_ROWS, save_tiny_llm, save_tiny_rows, tiny_row_space, tiny_tokenizer
 
 IDS = torch.tensor([[1, 2, 390, 448, 463, 464, 478], [5, 384, 100, 385, 391, 386, 450]])
 
@@ -180,9 +183,6 @@ def test_the_folder_says_what_it_is(rows: Path, out: Path) -> None:
 
 
 def test_the_card_does_not_believe_what_is_marked(llm: Path, rows: Path, tmp_path: Path) -> None:
-    from qwen3_vlm.models.row_files import describe_base, save_rows
-    from tests.tiny import PASSED_GATE
-
     gates: list[Any] = [{**PASSED_GATE, "value": 0.01, "name": "a | b\n# big"}]
     model = TokenLM.from_add_on(rows)
     folder = save_rows(tmp_path / "rows", model, describe_base(llm), uti=None, evidence={"gates": gates})
@@ -218,6 +218,27 @@ def test_what_is_refused(rows: Path, tmp_path: Path, connector: Path) -> None:
     with pytest.raises(ConfigError, match="leave --dtype out"):
         export_add_on(connector, tmp_path / "out", dtype="float32")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_merged(llm: Path, rows: Path, tmp_path: Path) -> None:
+    model = TokenLM.from_add_on(rows)
+    add_lora(model.language_model, rank=4, alpha=8.0)
+    for number, parameter in enumerate(lora_parameters(model.language_model).values()):
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))
+    folder = save_rows(tmp_path / "rows", model, describe_base(llm), uti=None)
+    (adapter,) = (check for check in verify_add_on(folder).checks if check.name == "adapter")
+    assert adapter.detail.startswith("28 tensors, ")
+    export_rows(folder, tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert not any("lora" in name for name in safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"))
+    with torch.no_grad():
+        found, expected, without = (
+            each(input_ids=IDS).logits[..., used(model.token_space)]
+            for each in (plain, model.eval(), TokenLM.from_add_on(rows))
+        )
+    assert (found - expected).abs().max() < 1e-5
+    assert (found - without).abs().max() > 0.1
+    assert "with a LoRA adapter merged" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_base_of_pickled_weights(llm: Path, rows: Path, tmp_path: Path) -> None:
