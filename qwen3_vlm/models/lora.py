@@ -28,6 +28,7 @@ ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
 LORA = "lora/"  # before the names of an adapter's tensors, where they stand beside those of another add-on
 NAME = "default"  # PEFT's name of the one adapter
 MAX_CONFIG_BYTES = 1_000_000
+MAX_RANK = 8_192  # memory is set aside for it before the tensors are seen
 
 
 def add_lora(
@@ -147,6 +148,8 @@ def read_adapter(folder: Path, trunk: Any, prefix: str) -> None:
             "dropout": float(config["lora_dropout"]),
             "dora": bool(config["use_dora"]),
         }
+        if not 1 <= settings["rank"] <= MAX_RANK:
+            raise ValueError(f"its rank is {settings['rank']}")
     except (KeyError, TypeError, ValueError) as problem:
         raise AddOnError(
             f"{folder / ADAPTER_CONFIG} describes no LoRA that this package writes ({problem})."

@@ -1,5 +1,6 @@
 """LoRA: where it goes and where it can't, off to the bit, and PEFT's own reading of its files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,8 @@ def test_refused(tiny_llm_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(AddOnError, match="can't be read"):
         read_adapter(tmp_path, model.base_model, "model")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for rank in (0, -1, 10**12):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
+        with pytest.raises(AddOnError, match=f"its rank is {rank}"):
+            read_adapter(tmp_path, load(tiny_llm_dir).base_model, "model")
