@@ -1,4 +1,4 @@
-"""The guided run: a data set, stage 1 on the tiny bases, the gates, captions of unseen scenes, a report.
+"""The guided run: a data set, stage 1 on the tiny bases, the gates, captions of unseen scenes, a report; then tokens.
 
 It calls what a real run calls: `data` reads its files, `train(config)` trains and runs the gates,
 `caption_images` captions, `write_report` writes the page. Only the scoring of facts is the demo's own.
@@ -6,8 +6,6 @@ It calls what a real run calls: `data` reads its files, `train(config)` trains a
 
 import json
 import os
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +17,18 @@ from rich.table import Table
 from qwen3_vlm.config import RunConfig, load_config
 from qwen3_vlm.demo.dataset import DemoSizes, build
 from qwen3_vlm.demo.facts import KINDS, Scores, score
+from qwen3_vlm.demo.paths import BASES, CONFIGS, running_command
 from qwen3_vlm.errors import ConfigError, GateError
 from qwen3_vlm.storage import atomic_write_json
 
-CONFIG = Path(__file__).parents[2] / "configs" / "demo_stage1.yaml"
-BASES = Path(__file__).parent / "bases"
+CONFIG = CONFIGS / "demo_stage1.yaml"
 TESTS = {
     "unseen": "unseen pairs",
     "seen": "known pairs",
     "plain": "plain drawings",
 }
+STOPPED = "The run was stopped; start it again and it goes on from there."
+SIZES = DemoSizes(phrases=6000, phrases_unseen=400)
 DEMANDED_EXACT, DEMANDED_FACT = 0.5, 0.8  # of the unseen combinations
 
 
@@ -49,39 +49,45 @@ def run_demo(out: Path) -> None:
         GateError: a gate failed, or the captions are worse than the demo promises.
     """
     _wait_passively()
+    from qwen3_vlm.demo.token_run import run_tokens
     from qwen3_vlm.evaluate.gates import describe_gate
     from qwen3_vlm.evaluate.report import write_report
     from qwen3_vlm.train.train_utils import train
 
     console, started = Console(), time.monotonic()
-    console.print(f"[bold]1/4[/] The data set: scenes of OpenMoji drawings, below {out / 'data'}", soft_wrap=True)
-    build(out / "data", DemoSizes())
-    console.print("[bold]2/4[/] Stage 1: the connector learns, tower and language model stay frozen")
+    console.print(
+        f"[bold]1/8[/] The data set: scenes of OpenMoji drawings, and voices, below {out / 'data'}", soft_wrap=True
+    )
+    build(out / "data", SIZES)
+    console.print("[bold]2/8[/] Stage 1: the connector learns, tower and language model stay frozen")
     result = train(demo_config(out))
     if result.add_on_dir is None:
-        console.print("The run was stopped; start it again and it goes on from there.")
+        console.print(STOPPED)
         return
-    console.print("[bold]3/4[/] Captions of pictures that training never saw")
-    scores = caption_tests(out / "data", Path(result.add_on_dir))
+    connector = Path(result.add_on_dir)
+    console.print("[bold]3/8[/] Captions of pictures that training never saw")
+    scores = caption_tests(out / "data", connector)
     _write_results(Path(result.output_dir), scores)
-    console.print("[bold]4/4[/] The report")
+    console.print("[bold]4/8[/] The report")
     report = write_report(Path(result.output_dir))
     for gate in (result.evidence or {}).get("gates", []):
         console.print(f"gate: loss {gate['name']}: {describe_gate(gate)}", markup=False)
     console.print(_table(scores))
-    console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}", soft_wrap=True)
+    console.print(f"{time.monotonic() - started:.0f} s so far. Report: {report}", soft_wrap=True)
     _check(result.evidence, scores)
-    console.print("Caption a picture of your own:", style="bold")
-    print(f"  {running_command()} caption PICTURE.png --checkpoint {result.add_on_dir}")
-
-
-def running_command() -> str:
-    """How to call the command that is running: it may lie in a .venv that no shell knows of."""
-    path = Path(sys.argv[0])
-    if path.name != "qwen3-vlm" or not path.is_file():
-        return "qwen3-vlm"
-    path = path.absolute()
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    rows = run_tokens(out, connector, console)
+    if rows is None:
+        console.print(STOPPED)
+        return
+    console.print(f"{time.monotonic() - started:.0f} s in all. Now with pictures and words of your own:", style="bold")
+    for arguments in (
+        f"caption PICTURE.png --checkpoint {connector}",
+        f'generate image "a small cat left of a big apple on a blue background" -o cat.png --checkpoint {rows}',
+        f'generate audio "a small cat" -o cat.wav --checkpoint {rows}',
+        f"generate text --image cat.png --checkpoint {rows}",
+        f"generate text --audio cat.wav --checkpoint {rows}",
+    ):
+        print(f"  {running_command()} {arguments}")
 
 
 def _wait_passively() -> None:

@@ -163,15 +163,13 @@ def open_tokens(config: RunConfig, token_space: TokenSpace, *, verify: bool = Tr
     settings = config.tokens
 
     def records(split: str) -> TokenRecords:
-        allow = settings.allow_unaudited
-        return TokenRecords(
-            [
-                open_shards(folder, token_space, split=split, allow_unaudited=allow, verify=verify)
-                for folder in settings.folders
-            ]
-        )
+        options: Any = {"split": split, "allow_unaudited": settings.allow_unaudited, "verify": verify}
+        having = [folder for folder in settings.folders if split in read_dataset(folder).splits]
+        return TokenRecords([open_shards(folder, token_space, **options) for folder in having])
 
     train, held_out, drops = records(settings.train_split), records(settings.eval_split), DropCounter()
+    if not len(train):
+        raise DataError(f"None of {', '.join(settings.folders)} has records in a split {settings.train_split!r}.")
     shares, chosen = {}, {}
     for name in task_names(settings.tasks):
         task = settings.tasks[_section(settings, name)]

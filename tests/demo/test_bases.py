@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen3ForCausalLM, SiglipVisionModel
 
-from qwen3_vlm.demo.run import BASES
+from qwen3_vlm.demo.paths import BASES
 from qwen3_vlm.demo.text_base import Encoder, keyword_slots, scene_sample
 from qwen3_vlm.demo.tower import scene_batch, to_pixel_values
 from qwen3_vlm.demo.world import BACKGROUND_WORDS, NAMES, PROMPTS, SIZE_WORDS, plural, scenes

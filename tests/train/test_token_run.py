@@ -129,6 +129,7 @@ def test_going_on_from_trained_rows(dataset: Path, whole_run: Path, tmp_path: Pa
         ({"tokens__folders": []}, DataError, "names no training data"),
         ({"tokens__folders": ["nowhere"]}, DataError, "no complete tokenized data set"),
         ({"tokens__tasks": {"t2v": {}}}, Exception, "There is no task 't2v'"),
+        ({"tokens__train_split": "validation"}, DataError, "has records in a split 'validation'"),
         ({"tokens__max_seq_len": 8}, DataError, "No record .* can be used for the task i2t"),
         ({"data__packing": False}, ConfigError, "does not read the section data"),
         ({"tokens__tasks": {"i2t": {"ramp_from": 0.5, "ramp_until": 0.6}}}, ConfigError, "ramp_from is 0"),
