@@ -6,20 +6,21 @@ the number of *bigrams* (that is what the tool calls length). A test holds it to
 
 `ptb_words` stands in for the tool's Java tokenizer (Penn Treebank rules, lower case, punctuation
 removed). It agrees with it on ordinary captions; it knows only common abbreviations, and has no
-rules for URLs, fractions or emoticons.
+rules for URLs, fractions or emoticons. Captions of other languages are cut by `caption_words`, and scored by language
+in `caption_languages`.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_vlm.evaluate.intervals import wilson_interval
+from qwen3_vlm.evaluate.intervals import bootstrap_mean, wilson_interval
 
 MAX_NGRAM = 4
 SIGMA = 6.0
@@ -60,36 +61,52 @@ def exact_match(candidates: Sequence[str], references: Sequence[str | Sequence[s
     return np.array([_squeeze(text) in map(_squeeze, wanted) for text, wanted in pairs], dtype=np.bool_)
 
 
-def cider_d(candidates: Sequence[str], references: Sequence[str | Sequence[str]]) -> CiderD:
+def cider_d(
+    candidates: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    words: Callable[[str], list[str]] | None = None,
+) -> CiderD:
     """Score each candidate against its references; idf comes from all references given.
 
     A set of one sample has no idf: every score is 0, as in the published tool.
+
+    Args:
+        words: cuts a text into words; None: `ptb_words`.
 
     Raises:
         ValueError: the two differ in length, are empty, or a candidate has no reference.
     """
     _require_pairs(candidates, references)
-    cooked = [[_ngrams(text) for text in _as_list(wanted)] for wanted in references]
+    cut = words or ptb_words
+    cooked = [[_ngrams(cut(text)) for text in _as_list(wanted)] for wanted in references]
     frequency: NGrams = Counter(gram for refs in cooked for gram in {gram for ref in refs for gram in ref})
     idf = {gram: math.log(len(cooked)) - math.log(count) for gram, count in frequency.items()}
     unseen = math.log(len(cooked))
-    scores = [_caption_score(_ngrams(text), refs, idf, unseen) for text, refs in zip(candidates, cooked, strict=True)]
+    pairs = zip(candidates, cooked, strict=True)
+    scores = [_caption_score(_ngrams(cut(text)), refs, idf, unseen) for text, refs in pairs]
     return CiderD(float(np.mean(scores)), np.array(scores))
 
 
 def score_captions(
-    candidates: Sequence[str], references: Sequence[str | Sequence[str]], confidence: float = 0.95
+    candidates: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    confidence: float = 0.95,
+    words: Callable[[str], list[str]] | None = None,
 ) -> dict[str, Any]:
-    """Exact match (with Wilson's interval) and CIDEr-D of a set, as a JSON-serialisable mapping."""
+    """Exact match (Wilson's interval) and CIDEr-D (bootstrap over captions, idf as it is), JSON-serialisable."""
     if not candidates:
-        return {"n": 0, "exact_match": None, "exact_match_low": None, "exact_match_high": None, "cider_d": None}
+        names = ("exact_match", "exact_match_low", "exact_match_high", "cider_d", "cider_d_low", "cider_d_high")
+        return {"n": 0, **dict.fromkeys(names)}
     exact = wilson_interval(int(exact_match(candidates, references).sum()), len(candidates), confidence)
+    cider = bootstrap_mean(cider_d(candidates, references, words).per_caption, confidence=confidence)
     return {
         "n": len(candidates),
         "exact_match": exact.value,
         "exact_match_low": exact.low,
         "exact_match_high": exact.high,
-        "cider_d": cider_d(candidates, references).score,
+        "cider_d": cider.value,
+        "cider_d_low": cider.low,
+        "cider_d_high": cider.high,
     }
 
 
@@ -106,8 +123,7 @@ def ptb_words(text: str) -> list[str]:
     return words
 
 
-def _ngrams(text: str) -> NGrams:
-    words = ptb_words(text)
+def _ngrams(words: Sequence[str]) -> NGrams:
     return Counter(
         tuple(words[start : start + n]) for n in range(1, MAX_NGRAM + 1) for start in range(len(words) - n + 1)
     )
