@@ -11,8 +11,8 @@ import safetensors.torch
 from qwen3_vlm.checks import Check
 from qwen3_vlm.errors import AddOnError, ConfigError, GateError, ModelError, TamperedFileError
 from qwen3_vlm.evaluate.gates import gate_figures, recorded_failure
-from qwen3_vlm.models.add_on_files import EVIDENCE, base_folder, refuse_differences, tensor_findings
-from qwen3_vlm.models.lora import ADAPTER
+from qwen3_vlm.models.add_on_files import EVIDENCE, base_folder, check_bytes, refuse_differences, tensor_findings
+from qwen3_vlm.models.lora import ADAPTER, ADAPTER_FILES
 from qwen3_vlm.models.row_base import require_base_files
 from qwen3_vlm.models.row_files import (
     ROWS_TENSORS,
@@ -157,6 +157,7 @@ def verify_connector(
         Check("files", True, f"{TENSORS} has the {info['files'][TENSORS]['bytes']:,} bytes that were written"),
         _evidence_check(info),
         Check("tensors", True, f"{len(tensors)} tensors, {count:,} parameters, all finite"),
+        *_adapter_check(folder, info),
     ]
     for section, given in (("llm", llm), ("vision_tower", vision_tower)):
         checks.append(_verify_base(section, given, info, folder, trust_remote_code))
@@ -201,6 +202,8 @@ def _adapter_check(folder: Path, info: Mapping[str, Any]) -> list[Check]:
     """One line if there is an adapter; whether it fits is known with the base."""
     if ADAPTER not in info["files"]:
         return []
+    for name in ADAPTER_FILES:
+        check_bytes(folder / name, info["files"].get(name, {}))
     try:
         tensors = safetensors.torch.load_file(folder / ADAPTER)
     except (safetensors.SafetensorError, OSError, ValueError) as problem:

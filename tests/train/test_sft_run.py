@@ -156,3 +156,16 @@ def test_export_merges_the_adapter(whole_run: Path, tmp_path: Path) -> None:
     merged = Qwen3VLMForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = torch.tensor([processor.tokenizer.encode("a red heart on a white background")])
     torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_verify_reads_the_adapter_too(whole_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from qwen3_vlm.train.verify import verify_connector
+
+    report = verify_connector(whole_run / "connector")
+    assert next(check for check in report.checks if check.name == "adapter").passed
+    shutil.copytree(whole_run / "connector", tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_config.json").write_text("{}")
+    with pytest.raises(TamperedFileError, match="adapter_config"):
+        verify_connector(tmp_path / "cut")
