@@ -99,7 +99,8 @@ class Grammar:
         for modality in BOUNDARIES:
             if any(modality in followers for followers in then):
                 token_space.range_of(modality, 0 if modality == "audio" else None)
-        require(all(then), "then", then, "must name what may follow, or stop, in each of its places")
+        good = all(followers and {*followers} <= {*BOUNDARIES, "stop"} for followers in then)
+        require(good, "then", then, "must be lists of text, image, audio and stop, none of them empty")
         self.token_space = token_space
         self.then = tuple(tuple(followers) for followers in then)
         self.text_lengths = (min_text, max_text)

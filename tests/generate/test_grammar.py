@@ -174,9 +174,10 @@ def test_lengths_that_contradict_each_other(lengths: dict[str, int]) -> None:
         Grammar(SPACE, **lengths)
 
 
-def test_nothing_may_follow_is_no_plan() -> None:
-    with pytest.raises(ConfigError, match="stop"):
-        Grammar(SPACE, then=[["image"], []])
+@pytest.mark.parametrize("then", [[["image"], []], ["image"], [["pictures"]]])
+def test_plans_that_are_none(then: Any) -> None:
+    with pytest.raises(ConfigError, match="must be lists of text, image, audio and stop"):
+        Grammar(SPACE, then=then)
 
 
 # The processor --------------------------------------------------------------------------------------------
