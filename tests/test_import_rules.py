@@ -22,8 +22,9 @@ ALLOWED = {
     "train": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization"},
     "serve": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization", "train"},
     "demo": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization", "train"},
-    "cli": COMMANDS | {"cli_data", "cli_generate", "cli_uti"},
+    "cli": COMMANDS | {"cli_data", "cli_eval", "cli_generate", "cli_uti"},
     "cli_data": COMMANDS,
+    "cli_eval": COMMANDS,
     "cli_generate": COMMANDS | {"cli_uti"},
     "cli_uti": COMMANDS,
     "__init__": {"config", "errors", "evaluate", "generate", "models", "tokenization", "train"},  # behind __getattr__

@@ -29,6 +29,7 @@ from qwen3_vlm.generate.generation import fitting_grammar, run
 from qwen3_vlm.generate.grammar import Grammar
 from qwen3_vlm.generate.sampling import Choice, Sampling
 from qwen3_vlm.tokenization.sequences import SEQUENCES, sequence_format
+from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.train.token_source import TokenSource
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class TokenEvaluations:
             with self._golden_folder() as folder, self._accelerator.autocast():
                 records = {task: self._golden_records(task, folder) for task in self._data.tasks}
                 items = dump_token_golden(
-                    self._uti, self._generator(GREEDY), records, folder, step=step, batch_size=GENERATED_TOGETHER
+                    self._uti, self.generator(GREEDY), records, folder, step=step, batch_size=GENERATED_TOGETHER
                 )
             self._golden_scores = {step: score_token_golden(items, self._config.eval.confidence)}
         return self._golden_scores[step]
@@ -151,14 +152,14 @@ class TokenEvaluations:
             self._uti,
             task,
             self._data.eval_records(task),
-            self._generator(SAMPLED),
+            self.generator(SAMPLED),
             samples=settings.decode_samples,
             batch_size=GENERATED_TOGETHER,
             confidence=settings.confidence,
             settings={"temperature": 1.0, "seed": self._config.seed},
         )
 
-    def _generator(self, sampling: Sampling) -> Generate:
+    def generator(self, sampling: Sampling) -> Generate:
         """Prompts → ids under the grammar; each call goes on with the seeds of the one before."""
         seeds = itertools.count(self._config.seed)
 
@@ -172,6 +173,11 @@ class TokenEvaluations:
             return run(self._model, prompts, grammar, sampling, [next(seeds) for _ in prompts]).cpu()
 
         return generate
+
+    @property
+    def tokenizers(self) -> UnifiedTokenizer | None:
+        """What decodes; None on an idle rank, and where it can't be opened."""
+        return self._uti
 
     @property
     def _working(self) -> bool:
