@@ -12,6 +12,7 @@ Shapes: B samples, N slots, R regions, K keywords of a region, T tokens, D width
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from qwen3_vlm.demo.drawings import drawing_is_held_out, named_drawings
+from qwen3_vlm.demo.muon import Muon, orthogonal_by_gram
 from qwen3_vlm.demo.questions import fact_list, question_and_answer
 from qwen3_vlm.demo.world import NAMES, PROMPTS, Scene, Thing, plural, scenes
 
@@ -34,13 +36,13 @@ MAX_REGIONS, MAX_KEYWORDS = 3, 10
 NAME_WEIGHT = 3  # of the tokens of an answer, those that only the picture can tell
 
 
-def base_config() -> Qwen3Config:
-    """3 layers, 128 wide, tied embeddings: 0.7 M parameters."""
+def base_config(layers: int = 3) -> Qwen3Config:
+    """128 wide, tied embeddings: 0.7 M parameters with 3 layers."""
     return Qwen3Config(
         vocab_size=EMBEDDING_ROWS,
         hidden_size=128,
         intermediate_size=320,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -48,6 +50,17 @@ def base_config() -> Qwen3Config:
         tie_word_embeddings=True,
         initializer_range=0.08,
     )
+
+
+def deepened(folder: Path) -> Qwen3ForCausalLM:
+    """A saved base with one more layer, which at first adds nothing; fp32."""
+    shallow = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    depth = shallow.config.num_hidden_layers
+    deep = Qwen3ForCausalLM(base_config(depth + 1))
+    deep.load_state_dict(deep.state_dict() | shallow.state_dict())
+    for silent in (deep.model.layers[depth].self_attn.o_proj, deep.model.layers[depth].mlp.down_proj):
+        torch.nn.init.zeros_(silent.weight)
+    return deep
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -224,6 +237,15 @@ def _mixture(batch: int, slots: int, present: Tensor, roughness: float) -> Tenso
     return logits.masked_fill(~allowed, -torch.inf).softmax(-1)[..., :regions]
 
 
+def optimizers(model: Qwen3ForCausalLM, adam_rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for everything else; without a rate for Muon AdamW for everything."""
+    layers = [p for p in model.model.layers.parameters() if p.ndim == 2] if muon_rate else []
+    chosen = set(layers)
+    rest = [p for p in model.parameters() if p not in chosen]
+    adam = torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    return [adam, Muon(layers, muon_rate, 0.01, orthogonal_by_gram)] if layers else [adam]
+
+
 def loss_of(
     model: Qwen3ForCausalLM, batch: dict[str, Tensor], slots: int, roughness: float, names: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
@@ -233,8 +255,15 @@ def loss_of(
     if slots:
         vectors = keyword_slots(embedding, batch["regions"], batch["everywhere"], slots, roughness)
         inputs = torch.cat([inputs[:, :3], vectors, inputs[:, 3 + slots :]], 1)
-    hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, :-1]
-    labels = batch["labels"][:, 1:]
+    hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    return answer_loss(model, hidden, batch["labels"], names)
+
+
+def answer_loss(
+    model: Qwen3ForCausalLM, hidden: Tensor, labels: Tensor, names: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """`loss_of`, from the hidden states (B, T, D) on; labels (B, T) are shifted here."""
+    hidden, labels = hidden[:, :-1], labels[:, 1:]
     target = labels[labels >= 0]
     logits = model.lm_head(hidden[labels >= 0])
     losses = F.cross_entropy(logits, target, reduction="none")
