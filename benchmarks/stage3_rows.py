@@ -37,6 +37,7 @@ from qwen3_vlm.tokenization.token_space import AudioIdentity, ImageIdentity, Tex
 
 BASE_ROWS, IMAGE_CODES, AUDIO_CODES = 151_936, 16_384, (1024,) * 4  # with 64 specials: 20,544 new rows
 GRID, CAPTION = (15, 15), 25  # 225 image ids and 25 text ids: sequences of 255
+CASES = ("fp32-i2t", "fp32-t2i", "bf16-i2t", "bf16-t2i", "fp32-i2t-untied")
 WAYS = ("hook", "peft", "ours")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {"hook": {"memory": 0.15, "time": 0.5}, "peft": {"memory": 0.20, "time": 0.6}}
@@ -72,13 +73,13 @@ def make_base(options: argparse.Namespace) -> Qwen3ForCausalLM:
 
 
 def make_batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
-    """A warm-up batch and `steps` more of made-up records, the same for every way."""
+    """One sequence to warm up and `steps` batches of made-up records, the same for every way."""
     space, generator = token_space(options.base_rows), np.random.default_rng(0)
     image = space.range_of("image")
 
-    def batch() -> dict[str, Tensor]:
+    def batch(size: int) -> dict[str, Tensor]:
         rows = []
-        for _ in range(options.batch_size):
+        for _ in range(size):
             text = generator.integers(0, space.text.tokenizer_size, CAPTION)
             grid = generator.integers(image.first, image.last + 1, GRID[0] * GRID[1])
             rows.append(build_sequence(space, options.task, {"text": text, "image": grid}))
@@ -87,7 +88,7 @@ def make_batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
             "labels": torch.from_numpy(np.stack([row.labels for row in rows])).long(),
         }
 
-    return [batch() for _ in range(1 + options.steps)]
+    return [batch(1), *(batch(options.batch_size) for _ in range(options.steps))]
 
 
 class Way:
@@ -133,7 +134,7 @@ class Way:
         for matrix in self.matrices():
             matrix.data = matrix.data.float()
         with self.arithmetic():
-            self.model(**{name: values[:1] for name, values in batch.items()}).loss.backward()
+            self.model(**batch).loss.backward()
         return [self.rows(matrix.grad).clone() for matrix in self.matrices() if matrix.grad is not None]
 
 
@@ -211,7 +212,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     if options.gradients:
         del optimizer
         torch.save(way.gradients(batches[0]), options.gradients)
-    labels = batches[0]["labels"]
+    labels = batches[1]["labels"]
     return {
         "seconds": min(seconds[1:]),
         "cpu_seconds": min(cpu_seconds[1:]),  # of all threads: tells a busy machine from slow code
@@ -237,7 +238,7 @@ def compare_case(dtype: str, task: str, tied: bool, folder: Path) -> dict[str, A
     result: dict[str, Any] = {"dtype": dtype, "task": task, "tied": tied}
     for way in WAYS:
         result[way] = run_child(way, *case, *(("--gradients", files[way]) if way in files else ()))
-    if dtype == "bf16":
+    if dtype == "bf16" and task == "i2t":
         result["ours_masters"] = run_child("ours", *case, "--masters")["peak_mib_over_model"]
     ours = result["ours"]
     for way in ("hook", "peft"):
@@ -278,24 +279,27 @@ def report_case(result: dict[str, Any]) -> None:
     show(title + ("tied" if result["tied"] else "untied"), rows)
 
 
-def memory_by_base(options: argparse.Namespace) -> dict[str, float]:
-    """Our peak over the loaded model for other base vocabularies."""
-    sizes = [options.base_rows // 4, options.base_rows, options.base_rows * 2]
-    found = {str(rows): run_child("ours", "--base-rows", rows, "--steps", 1)["peak_mib_over_model"] for rows in sizes}
-    show(
-        "Ours, fp32, i2t, tied: peak MiB over the loaded model", [(f"V_base {k}", f"{v:.0f}") for k, v in found.items()]
-    )
-    return found
+def memory_by_base(options: argparse.Namespace, usual: float) -> dict[str, float]:
+    """Our peak over the loaded model for other base vocabularies; `usual` is that of the whole one."""
+    found = {options.base_rows: usual}
+    for rows in (options.base_rows // 4, options.base_rows * 2):
+        found[rows] = run_child("ours", "--base-rows", rows)["peak_mib_over_model"]
+    lines = [(f"{count:,} base rows", f"{found[count]:.0f}") for count in sorted(found)]
+    show("Ours, fp32, i2t, tied: peak MiB over the loaded model", lines)
+    return {str(count): found[count] for count in sorted(found)}
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    cases = [(dtype, task, True) for dtype in DTYPES for task in ("i2t", "t2i")] + [("fp32", "i2t", False)]
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        results = [compare_case(*case, Path(folder)) for case in cases]
+        for name in options.cases:
+            dtype, task, *untied = name.split("-")
+            results[name] = compare_case(dtype, task, not untied, Path(folder))
+    whole = results.get("fp32-i2t")
     return {
         "cases": results,
         "goals": GOALS,
-        "ours_by_base_rows": memory_by_base(options),
+        "ours_by_base_rows": memory_by_base(options, whole["ours"]["peak_mib_over_model"]) if whole else None,
         "settings": {name: value for name, value in vars(options).items() if name not in ("side", "out", "gradients")},
     }
 
@@ -306,7 +310,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--base-rows", type=int, default=BASE_ROWS)
     parser.add_argument("--batch-size", type=int, default=2, help="sequences of 255 ids")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of each way, after one that warms up")
+    parser.add_argument("--steps", type=int, default=1, help="measured steps of each way, after one that warms up")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--task", choices=["i2t", "t2i"], default="i2t", help=argparse.SUPPRESS)
     parser.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)

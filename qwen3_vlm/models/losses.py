@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, S supervised tokens, D width, V vocabulary, N new row
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
         compute = torch.float32 if must_widen(weight) else weight.dtype
         head = lambda chunk: F.linear(chunk.to(compute), weight.to(compute))  # noqa: E731
         return chunked_cross_entropy(hidden, head, target, weight.shape[0])
-    return _SplitCrossEntropy.apply(hidden, weight, weight[:0], target, weight.shape[0], 0.0, 0.0)
+    return _split_cross_entropy(hidden, weight, weight[:0], target, weight.shape[0], 0.0, 0.0, None)
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], target: Tensor, vocab_size: int) -> Tensor:
@@ -91,6 +92,7 @@ def split_cross_entropy(
     num_used: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    late: "LateGradient | None" = None,
 ) -> Tensor:
     """−log softmax over a frozen and a trainable block of one head, per row, without keeping or joining them.
 
@@ -107,6 +109,7 @@ def split_cross_entropy(
         num_used: base ids that can be predicted at all; the padding rows beyond take no part.
         label_smoothing: ε: each target shares ε of its mass evenly with all ids that can be predicted.
         z_loss: coefficient of (log Z)², which keeps the scores from drifting (PaLM, arXiv:2204.02311, 5).
+        late: where the gradient of `rows` is left for a lookup of the same rows, instead of being returned at once.
 
     Returns:
         (S,) losses in nats, fp32: sum, mean or weight them as you like.
@@ -126,7 +129,44 @@ def split_cross_entropy(
             f"The target {found} {what}: the base's ids end at {used - 1}, new ids are {base.shape[0]} to {end - 1}."
         )
     with torch.autocast(hidden.device.type, enabled=False):  # forward and backward must score alike
-        return _SplitCrossEntropy.apply(hidden, base, rows, target, used, label_smoothing, z_loss)
+        return _split_cross_entropy(hidden, base, rows, target, used, label_smoothing, z_loss, late)
+
+
+class LateGradient:
+    """The gradient that a loss has for rows which the same model also looks up, formed when the lookup's own is due.
+
+    That is at the end of the backward pass, when the activations of the layers in between are gone. `ticket` is a
+    number without meaning that the lookup puts out and the loss takes in: it makes autograd run the lookup's backward
+    after the loss's, whichever way leads there.
+    """
+
+    def __init__(self) -> None:
+        self.ticket: Tensor | None = None
+        self._form: Callable[[], Tensor] | None = None
+
+    def leave(self, form: Callable[[], Tensor]) -> None:
+        """Called by the loss, in backward."""
+        self._form = form
+
+    def take(self) -> Tensor | None:
+        """(N, D), which is the caller's alone; None where no loss has left anything."""
+        form, self._form = self._form, None
+        return None if form is None else form()
+
+
+def _split_cross_entropy(
+    hidden: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    used: int,
+    smoothing: float,
+    z: float,
+    late: LateGradient | None,
+) -> Tensor:
+    if late is None or late.ticket is None:
+        return _SplitCrossEntropy.apply(hidden, base, rows, target, used, smoothing, z, None, None)
+    return _SplitCrossEntropy.apply(hidden, base, rows.detach(), target, used, smoothing, z, late, late.ticket)
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
@@ -134,7 +174,16 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, base: Tensor, rows: Tensor, target: Tensor, used: int, smoothing: float, z: float
+        ctx: Any,
+        hidden: Tensor,
+        base: Tensor,
+        rows: Tensor,
+        target: Tensor,
+        used: int,
+        smoothing: float,
+        z: float,
+        late: LateGradient | None,
+        ticket: Tensor | None,
     ) -> Tensor:
         """(S, D), (V_base, D), (N, D), (S,) → (S,) losses in nats."""
         losses = torch.empty(hidden.shape[0], dtype=_exact(hidden), device=hidden.device)
@@ -155,7 +204,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
                 gradient[part] = slope if total is None else slope.sub_(share * total)
             losses[part], log_normalizers[part] = loss.squeeze(-1), log_z.squeeze(-1)
         ctx.save_for_backward(hidden, rows, target, log_normalizers, *([] if gradient is None else [gradient]))
-        ctx.base, ctx.smoothing, ctx.share, ctx.z = base, smoothing, share, z
+        ctx.base, ctx.late, ctx.smoothing, ctx.share, ctx.z = base, late, smoothing, share, z
         return losses
 
     @staticmethod
@@ -164,20 +213,39 @@ class _SplitCrossEntropy(torch.autograd.Function):
         hidden, rows, target, log_normalizers, *gradient = ctx.saved_tensors
         weights = grad_outputs[0].unsqueeze(-1)  # (S, 1)
         of_hidden = gradient[0] * weights.to(gradient[0].dtype) if gradient else None
-        if not ctx.needs_input_grad[2]:
-            return of_hidden, None, None, None, None, None, None
-        of_rows = torch.empty_like(rows)
-        for first, block in _blocks(rows, _multiplied_dtype(ctx.base)):
-            of_block = torch.zeros(block.shape, dtype=log_normalizers.dtype, device=rows.device)
-            for part in _parts(hidden, ctx.base):
-                states, weight, log_z = hidden[part].to(block.dtype), weights[part], log_normalizers[part].unsqueeze(-1)
-                slope = F.linear(states, block).to(of_block.dtype).sub_(log_z).exp_()
-                slope = slope.mul_(weight * (1 + 2 * ctx.z * log_z)).sub_(ctx.share * weight)
-                place, inside = _place(target[part], ctx.base.shape[0] + first, len(block))
-                slope.scatter_add_(-1, place, torch.where(inside, (ctx.smoothing - 1) * weight, 0.0))
-                _add_product(of_block, slope.mT, states)
-            of_rows[first : first + len(block)] = of_block
-        return of_hidden, None, of_rows, None, None, None, None
+        details = (ctx.base, ctx.smoothing, ctx.share, ctx.z)
+        form = partial(_gradient_of_rows, hidden, rows, target, log_normalizers.unsqueeze(-1), weights, *details)
+        if ctx.late is not None:
+            ctx.late.leave(form)
+            return of_hidden, *[None] * 7, weights.new_zeros(())
+        return of_hidden, None, form() if ctx.needs_input_grad[2] else None, *[None] * 6
+
+
+@torch.no_grad()
+def _gradient_of_rows(
+    hidden: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    log_z: Tensor,
+    weights: Tensor,
+    base: Tensor,
+    smoothing: float,
+    share: float,
+    z: float,
+) -> Tensor:
+    """(N, D) in the dtype of `rows`, a block at a time; `log_z` (S, 1) and each loss's own `weights` (S, 1)."""
+    gradient = torch.empty_like(rows)
+    for first, block in _blocks(rows, _multiplied_dtype(base)):
+        total = torch.zeros(block.shape, dtype=log_z.dtype, device=rows.device)
+        for part in _parts(hidden, base):
+            states, weight = hidden[part].to(block.dtype), weights[part]
+            slope = F.linear(states, block).to(total.dtype).sub_(log_z[part]).exp_()
+            slope = slope.mul_(weight * (1 + 2 * z * log_z[part])).sub_(share * weight)
+            place, inside = _place(target[part], base.shape[0] + first, len(block))
+            slope.scatter_add_(-1, place, torch.where(inside, (smoothing - 1) * weight, 0.0))
+            _add_product(total, slope.mT, states)
+        gradient[first : first + len(block)] = total
+    return gradient
 
 
 @dataclass

@@ -174,7 +174,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         """
         if labels is not None:
             kwargs = {"use_cache": False, **kwargs}  # packed positions are only recognised without one
-        self.embedding.lend_rows = labels is not None and self.tied and not logit_rules(self.config)
+        self.embedding.share_rows = labels is not None and self.tied and not logit_rules(self.config)
         outputs = self._decode(
             input_ids,
             inputs_embeds,
@@ -228,8 +228,8 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         head = self.lm_head
         if not logit_rules(self.config):
             options: Any = {"num_used": head.num_used, "label_smoothing": smoothing, "z_loss": z_loss}
-            rows = self.embedding.lent_rows() if self.tied else head.rows
-            loss = split_cross_entropy(graded, head.weight, rows, target, **options)
+            late = self.embedding.late_gradient() if self.tied else None
+            loss = split_cross_entropy(graded, head.weight, head.rows, target, **options, late=late)
         else:
             if smoothing or z_loss:
                 raise ValueError("label_smoothing and z_loss are not there for a head with a soft cap or a scale.")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qwen3_vlm.errors import ConfigError, ModelError
 
+from .losses import LateGradient
 from .precision import WidenedLinear, must_widen
 
 __all__ = ["RowInit", "SplitEmbedding", "SplitHead", "add_rows", "fresh_rows"]
@@ -35,15 +36,15 @@ class SplitEmbedding(nn.Module):
         rows: (N, D) of ids V_base … V_base + N − 1.
 
     Attributes:
-        lend_rows: keep the rows for the head of the same pass, see `lent_rows`.
+        share_rows: the head is graded against the same rows in the same pass, see `late_gradient`.
     """
 
     def __init__(self, base: nn.Embedding, rows: nn.Parameter) -> None:
         super().__init__()
         self.base = base
         self.rows = rows
-        self.lend_rows = False
-        self._lent: Tensor | None = None
+        self.share_rows = False
+        self._late: LateGradient | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -70,40 +71,41 @@ class SplitEmbedding(nn.Module):
         return torch.where((input_ids >= first).unsqueeze(-1), from_rows, from_base)
 
     def _look_up(self, index: Tensor) -> Tensor:
-        if not self.lend_rows or torch.compiler.is_compiling():
+        if not self.share_rows or torch.compiler.is_compiling():
             return F.embedding(index, self.rows)
-        vectors, self._lent = _LookUp.apply(self.rows, index)
+        self._late = LateGradient()
+        vectors, self._late.ticket = _LookUp.apply(self.rows, index, self._late)
         return vectors
 
-    def lent_rows(self) -> Tensor:
-        """The rows for a tied head: those of the last lookup, once, or the parameter itself.
+    def late_gradient(self) -> LateGradient | None:
+        """For the loss of a tied head, which leaves its gradient of the rows there; None where nothing was looked up.
 
-        Looked up and lent by one operation, their two gradients are added in place. As two uses of one parameter
-        each would have a gradient of all rows at the same time.
+        So one gradient of all rows exists, and only once the layers in between have gone backward. As two uses of one
+        parameter, head and lookup would each have one, and the head's would be held through all layers.
         """
-        lent, self._lent = self._lent, None
-        return self.rows if lent is None else lent
+        late, self._late = self._late, None
+        return late
 
 
 class _LookUp(torch.autograd.Function):
-    """Rows by id, and all rows unchanged."""
+    """Rows by id, and the ticket of their late gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D), (…,) → (…, D), (N, D)."""
+    def forward(ctx: Any, rows: Tensor, index: Tensor, late: LateGradient) -> tuple[Tensor, Tensor]:
+        """(N, D), (…,) → (…, D), ()."""
         ctx.save_for_backward(index)
-        ctx.rows_like = {"size": rows.shape, "dtype": rows.dtype, "device": rows.device}
+        ctx.late, ctx.rows_like = late, {"size": rows.shape, "dtype": rows.dtype, "device": rows.device}
         ctx.set_materialize_grads(False)
-        return F.embedding(index, rows), rows.view_as(rows)
+        return F.embedding(index, rows), rows.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None]:
-        of_vectors, of_rows = grad_outputs
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
-        if of_vectors is None:
-            return of_rows, None
+        of_vectors, of_rows = grad_outputs[0], ctx.late.take()
         of_rows = torch.zeros(**ctx.rows_like) if of_rows is None else of_rows
-        return of_rows.index_add_(0, index.flatten(), of_vectors.flatten(0, -2)), None
+        if of_vectors is not None:
+            of_rows.index_add_(0, index.flatten(), of_vectors.flatten(0, -2))
+        return of_rows, None, None
 
 
 class SplitHead(nn.Module):

@@ -1,4 +1,4 @@
-"""Both benchmarks run end to end at a tiny size, and their counts agree with hand counts."""
+"""Benchmarks run end to end at a tiny size, and their counts agree with hand counts."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def run(script: str, out: Path, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, str(BENCHMARKS / script), "--out", str(out), *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+    finished = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=290)
     assert finished.returncode == 0, finished.stderr
     result: dict[str, Any] = json.loads(out.read_text())
     return result
@@ -41,6 +41,28 @@ def test_full_size_steps_and_counts(tmp_path: Path) -> None:
     assert result["pictures"] >= 1
     assert result["loss"] < result["warm_up_loss"]
     assert result["peak_gb"] >= result["loaded_gb"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # said by PEFT of its own way
+@pytest.mark.parametrize("case", ["bf16-i2t", "fp32-t2i", "fp32-i2t-untied"])
+def test_stage3_rows_compares_the_same_gradients(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All ways in this process, which spares four starts of everything; their memory means nothing so."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import stage3_rows
+
+    def run_child(side: str, *arguments: object) -> dict[str, Any]:
+        sizes = ["--layers", 1, "--width", 64, "--base-rows", 500, "--side", side]
+        monkeypatch.setattr("sys.argv", ["stage3_rows.py", *map(str, sizes), *map(str, arguments)])
+        return {**stage3_rows.run_side(stage3_rows.parse()), "peak_mib_over_model": 1.0}
+
+    monkeypatch.setattr(stage3_rows, "run_child", run_child)
+    dtype, task, *untied = case.split("-")
+    result = stage3_rows.compare_case(dtype, task, not untied, tmp_path)
+    assert result["gradient_difference"] < 1e-5
+    assert result["ours"]["loss"] == pytest.approx(result["hook"]["loss"], rel=1e-2 if dtype == "bf16" else 1e-5)
+    assert result["peft"]["loss"] == pytest.approx(result["hook"]["loss"], rel=1e-5)
+    assert result["ours"]["graded_tokens"] == 2 * (26 if task == "i2t" else 226)  # with the end token
+    assert result["to_hook"]["cpu_time"] > 0
 
 
 def test_useful_flops_against_a_hand_count(monkeypatch: pytest.MonkeyPatch) -> None:
