@@ -28,7 +28,7 @@ TESTS = {
     "plain": "plain drawings",
 }
 STOPPED = "The run was stopped; start it again and it goes on from there."
-SIZES = DemoSizes(phrases=6000, phrases_unseen=400)
+SIZES = DemoSizes(phrases=3000, phrases_unseen=400)
 DEMANDED_EXACT, DEMANDED_FACT = 0.5, 0.8  # of the unseen combinations
 
 
