@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from qwen3_vlm.train.planner_shapes import ConnectorShape, LoraShape, TextShape, TowerShape
 
 FP32, BF16 = 4, 2
-LOSS_CHUNK_BYTES = 128 * 2**20  # models/losses.py: of fp32 scores, and of fp32 weights, that live at one time
+LOSS_CHUNK_BYTES = 128 * 2**20  # models/losses.py: of fp32 scores, and on a GPU of fp32 weights, at one time
 ADAM_STATE_BYTES = 2 * FP32  # per trainable parameter: both moments (Kingma and Ba, arXiv:1412.6980)
 GRADIENT_BYTES = FP32
 # Which parts of a model the stages train: `stages.STAGES` in the planner's words.
@@ -66,7 +66,7 @@ class Numerics:
     trained: int = BF16
     autocast: bool = True  # fp32 weights are cast to bf16 once per forward pass, and the copies kept until backward
     dropout_mask: int = 1  # per number: CUDA's kernel keeps a byte, a CPU a number
-    chunk_bytes: int = LOSS_CHUNK_BYTES
+    block_bytes: int = LOSS_CHUNK_BYTES  # of a head's weights that the loss multiplies at one time
 
 
 # ---------------------------------------------------------------------------------------------------- parameters
@@ -359,15 +359,34 @@ def connector_activation_bytes(model: Model, batch: Batch, numerics: Numerics) -
 def loss_bytes(model: Model, batch: Batch, numerics: Numerics) -> tuple[float, float]:
     """(kept until backward, beside it while the loss is computed).
 
-    `losses._SplitCrossEntropy`: graded hidden states and their gradient are kept; a block of scores in fp32, its 16-bit
-    twins where it is multiplied in 16 bits, and the running mean of the weights come and go.
+    `losses._SplitCrossEntropy`: graded hidden states and their gradient are kept. Two blocks of scores in fp32 meet
+    where one follows the other, with a 16-bit twin where 16 bits are multiplied; and the mean of the weights is summed.
     """
-    width, c = model.text.width, numerics.compute
-    block = max(1, numerics.chunk_bytes // (FP32 * width))
-    seen = min(batch.graded, max(1, numerics.chunk_bytes // (FP32 * block)))
-    twins = 2 * BF16 if c == BF16 else 0
-    scores = seen * min(block, model.text.vocabulary) * (FP32 + twins)
-    return 2.0 * batch.graded * width * c, float(scores + 3 * seen * width * FP32)
+    text, rows = model.text, _block_rows(model, numerics)
+    first = min(rows, text.vocabulary)
+    second = first if text.vocabulary > rows else min(rows, model.new_rows)
+    seen = min(batch.graded, _positions_at_once(rows))
+    scores = FP32 * (first + second) + _twin(numerics) * first
+    return 2.0 * batch.graded * text.width * numerics.compute, float(seen * (scores + FP32 * text.width))
+
+
+def row_gradient_bytes(model: Model, batch: Batch, numerics: Numerics) -> float:
+    """Beside the gradient of the head's new rows: a block of it, and of scores."""
+    rows = _block_rows(model, numerics)
+    block, seen = min(rows, model.new_rows), min(batch.graded, _positions_at_once(rows))
+    return float(block * (FP32 * model.text.width + seen * (FP32 + _twin(numerics))))
+
+
+def _block_rows(model: Model, numerics: Numerics) -> int:
+    return max(1, numerics.block_bytes // (FP32 * model.text.width))
+
+
+def _positions_at_once(block_rows: int) -> int:
+    return max(1, LOSS_CHUNK_BYTES // (FP32 * block_rows))
+
+
+def _twin(numerics: Numerics) -> int:
+    return BF16 if numerics.compute == BF16 else 0
 
 
 def kept_activation_bytes(model: Model, batch: Batch, numerics: Numerics, *, checkpointing: bool) -> float:
@@ -416,7 +435,26 @@ def step_memory(
         first_step: the optimizer has no state yet.
     """
     frozen, trained = weight_bytes(model, numerics)
-    count = trainable_parameters(model)
+    count = trainable_parameters(model) / shards
+    gradients, activations, working = _worst_moment(model, batch, numerics, checkpointing, gradients_stay, shards)
+    return Memory(
+        frozen_weights=frozen / shards,
+        trained_weights=trained / shards,
+        gradients=gradients,
+        optimizer=0.0 if first_step else ADAM_STATE_BYTES * count,
+        casts=cast_bytes(model, numerics) if shards == 1 else 0.0,
+        gathered=gathered_bytes(model, numerics) if shards > 1 else 0.0,
+        activations=activations,
+        working=working,
+        inputs=input_bytes(model, batch),
+    )
+
+
+def _worst_moment(
+    model: Model, batch: Batch, numerics: Numerics, checkpointing: bool, gradients_stay: bool, shards: int
+) -> tuple[float, float, float]:
+    """(gradients, activations, working) when their sum is largest: in the tower, in the loss, at the start of backward,
+    or when it is done."""
     kept_loss, loss = loss_bytes(model, batch, numerics)
     kept = kept_activation_bytes(model, batch, numerics, checkpointing=checkpointing) + kept_loss
     layer = layer_working_bytes(model, batch, numerics)
@@ -424,28 +462,15 @@ def step_memory(
         layer += layer_activation_bytes(model, batch, numerics)
         if numerics.compute == FP32:  # the kept input is the norm's fp32 input
             layer -= batch.positions * model.text.width * FP32
-    working = max(loss, layer)
-    early = early_gradient_bytes(model)
-    gradients = GRADIENT_BYTES * count / shards
-    if not gradients_stay:  # either all gradients and no activations, or the other way round
-        if kept + working + early >= gradients:
-            gradients = early
-        else:
-            kept, working = 0.0, 0.0
-    tower = tower_working_bytes(model, batch, numerics)
-    if tower > kept + working:
-        kept, working = 0.0, tower
-    return Memory(
-        frozen_weights=frozen / shards,
-        trained_weights=trained / shards,
-        gradients=gradients,
-        optimizer=0.0 if first_step else ADAM_STATE_BYTES * count / shards,
-        casts=cast_bytes(model, numerics) if shards == 1 else 0.0,
-        gathered=gathered_bytes(model, numerics) if shards > 1 else 0.0,
-        activations=kept,
-        working=working,
-        inputs=input_bytes(model, batch),
+    every = GRADIENT_BYTES * trainable_parameters(model) / shards
+    before = every if gradients_stay else 0.0
+    moments = (
+        (before, 0.0, tower_working_bytes(model, batch, numerics)),
+        (before, kept, loss),
+        (max(before, early_gradient_bytes(model)), kept, max(layer, row_gradient_bytes(model, batch, numerics))),
+        (every, 0.0, 0.0),
     )
+    return max(moments, key=sum)
 
 
 def gathered_bytes(model: Model, numerics: Numerics) -> float:
