@@ -5,7 +5,7 @@
 Bytes are those of PyTorch's own allocator (the profiler's memory events: every allocation and release, temporaries
 inside of kernels too), at their highest in one optimizer step beside the loaded model and the optimizer's state. FLOPs
 are those of `torch.utils.flop_counter`. The demo's models are the real ones; the wider ones have random weights and
-Qwen3-0.6B's width and vocabulary, with few layers. The full size is compared with what full_size.py measured and wrote
+Qwen3-0.6B's width and vocabulary, with two layers. The full size is compared with what full_size.py measured and wrote
 down.
 """
 
@@ -248,8 +248,8 @@ def check(case: Case) -> dict[str, Any]:
 
 def cases() -> list[Callable[[], Case]]:
     """Each is built when its turn comes."""
-    wide = {"rows": 1, "length": 256, "graded": 40}
-    shape = text_config(1024, 4, 151_936)
+    wide = {"rows": 1, "length": 192, "graded": 32}
+    shape = text_config(1024, 2, 151_936)
     return [
         demo_case,
         lambda: vlm_case("width 1024, stage 1", shape, pictures=2, **wide),

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from qwen3_vlm.train.planner import Plan, Way
 
-WIDTH = 24  # of a column
+WIDTH = 25  # of a column
 
 
 def plan(
@@ -59,13 +59,15 @@ def _parameters(plan: "Plan") -> str:
 
 def _work(plan: "Plan") -> str:
     data, batch = plan.data, plan.batch
-    pictures = f", {batch.pictures} pictures" if batch.pictures else ""
+    pictures = f", {batch.pictures:.1f} pictures" if batch.pictures else ""
+    longest = f"; memory is for {plan.longest.length}" if plan.longest.length > batch.length else ""
     epochs = f" × {plan.epochs} epochs" if plan.epochs > 1 else ""
     return "\n".join(
         [
             f"data   {data.samples:,} samples{epochs}, {data.tokens:.0f} tokens each, {data.graded:.0f} graded",
             f"       ({data.source})",
-            f"batch  {batch.rows} rows × {batch.length} positions per GPU: {batch.samples} samples{pictures}",
+            f"batch  {batch.rows} rows × {batch.length} positions per GPU: {batch.samples:.1f} samples{pictures}"
+            + longest,
             f"steps  {plan.steps:,} of {plan.samples_per_step:,.0f} samples",
         ]
     )

@@ -88,14 +88,17 @@ class Plan:
     epochs: int
     steps: int
     samples_per_step: float
-    batch: Batch
+    batch: Batch  # the usual one, which time follows from
+    longest: Batch  # the one that has to fit
     ways: tuple[Way, ...]
     remarks: tuple[str, ...]
 
     @property
     def best(self) -> Way | None:
-        """The quickest that fits."""
-        return min((way for way in self.ways if way.fits), key=lambda way: way.hours, default=None)
+        """The quickest that fits; of those that are as quick to a hundredth, the simplest."""
+        fitting = [way for way in self.ways if way.fits]
+        least = min((way.hours for way in fitting), default=0.0)
+        return next((way for way in fitting if way.hours <= 1.01 * least), None)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -140,6 +143,7 @@ def plan(config: RunConfig, cluster: Cluster, given: Assumptions | None = None) 
         steps=_steps(config, data, samples_per_step),
         samples_per_step=samples_per_step,
         batch=usual,
+        longest=longest,
         ways=tuple(ways),
         remarks=tuple(_remarks(config, given, space)),
     )
@@ -251,9 +255,8 @@ def batches_of(config: RunConfig, data: DataShape, rows: int | None = None) -> t
 
 
 def _batch(rows: int, length: int, tokens: float, samples: float, data: DataShape) -> Batch:
-    pictures = math.ceil(samples * data.pictures)
     graded = min(rows * length, round(samples * data.graded))
-    return Batch(rows, length, graded, pictures, round(tokens), max(1, round(samples)))
+    return Batch(rows, length, graded, samples * data.pictures, round(tokens), samples)
 
 
 def _token_space(config: RunConfig) -> TokenSpace | None:

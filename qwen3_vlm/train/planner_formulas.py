@@ -47,9 +47,9 @@ class Batch:
     rows: int
     length: int  # positions of a row, padding included
     graded: int  # of all rows
-    pictures: int = 0
+    pictures: float = 0  # on average, as are samples
     tokens: int = 0  # real ones
-    samples: int = 1
+    samples: float = 1
     masked: bool = True  # rows are packed or padded: attention gets a mask, and keys are repeated for each query head
 
     @property
@@ -184,7 +184,7 @@ def useful_flops(model: Model, batch: Batch) -> float:
 
     As benchmarks/measuring.py defines it, with samples of equal length: half of L², two products forward, four back.
     """
-    text, length = model.text, batch.tokens / max(batch.samples, 1)
+    text, length = model.text, batch.tokens / batch.samples
     matrices = text.layers * sum(width * out for width, out in text.linears)
     attention = 6 * batch.tokens * length * text.query_width * text.layers
     found = 4.0 * matrices * batch.tokens + attention + head_flops(model, batch)
@@ -219,7 +219,7 @@ def head_flops(model: Model, batch: Batch) -> float:
     return 2 * per_row * model.text.vocabulary + 4 * per_row * model.new_rows
 
 
-def tower_flops(tower: TowerShape, pictures: int) -> float:
+def tower_flops(tower: TowerShape, pictures: float) -> float:
     """Forward alone: it is frozen and nothing trainable stands before it."""
     width = tower.width
     layer = 4 * width * width + 2 * width * tower.feed_forward
@@ -228,7 +228,7 @@ def tower_flops(tower: TowerShape, pictures: int) -> float:
 
 
 def connector_flops(
-    shape: ConnectorShape | None, tower: TowerShape | None, pictures: int, attention_backward: float
+    shape: ConnectorShape | None, tower: TowerShape | None, pictures: float, attention_backward: float
 ) -> float:
     """Forward, and twice as much backward (inputs and weights); proj_in has no gradient of its input."""
     if shape is None or tower is None:

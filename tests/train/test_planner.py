@@ -1,6 +1,7 @@
 """Plans from configs alone: which ways fit, how they scale, and what is said when nothing does."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ from qwen3_vlm.train.planner_hardware import DEVICES, parse_cluster
 from qwen3_vlm.train.planner_shapes import read_text_shape, read_tower_shape
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(command)
+    return app
 
 
 def planned(name: str, gpus: str, *overrides: str, **given: Any) -> Plan:
@@ -170,11 +177,11 @@ def test_the_plan_is_json_and_text() -> None:
         assert word in text
 
 
-def test_the_command(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(command)
+def test_the_command() -> None:
     config = str(CONFIGS / "stage1_align.yaml")
-    result = CliRunner().invoke(app, [config, "optim.batch_size=2", "--gpus", "2xH100", "--samples", "1000", "--json"])
+    result = CliRunner().invoke(
+        _app(), [config, "optim.batch_size=2", "--gpus", "2xH100", "--samples", "1000", "--json"]
+    )
     assert result.exit_code == 0, result.output
     tree = json.loads(result.output)
     assert (tree["data"]["samples"], tree["batch"]["rows"]) == (1000, 2)
@@ -193,3 +200,29 @@ def test_no_torch_is_needed() -> None:
 
 def test_every_default_can_be_planned() -> None:
     assert plan(RunConfig(), parse_cluster("1xH100")).steps > 0
+
+
+DOCUMENT = CONFIGS.parent / "docs" / "planning.md"
+
+
+def refreshed(text: str) -> str:
+    """The document with the output of every command in it as it is now."""
+
+    def run(block: re.Match[str]) -> str:
+        name, *options = block.group(1).split()
+        result = CliRunner().invoke(_app(), [str(CONFIGS.parent / name), *options])
+        assert result.exit_code == 0, result.output
+        return f"```console\n$ qwen3-vlm plan {block.group(1)}\n{result.output.rstrip()}\n```"
+
+    return re.sub(r"```console\n\$ qwen3-vlm plan ([^\n]+)\n(?:.*?\n)??```", run, text, flags=re.DOTALL)
+
+
+def test_the_document_shows_what_the_command_prints() -> None:
+    """`python -m tests.train.test_planner` writes it anew."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert text.count("$ qwen3-vlm plan") >= 3
+    assert refreshed(text) == text
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(refreshed(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
