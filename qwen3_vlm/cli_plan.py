@@ -59,15 +59,14 @@ def _parameters(plan: "Plan") -> str:
 
 def _work(plan: "Plan") -> str:
     data, batch = plan.data, plan.batch
-    pictures = f", {batch.pictures:.1f} pictures" if batch.pictures else ""
+    content = f"{batch.samples:.1f} samples" + (f", {batch.pictures:.1f} pictures" if batch.pictures else "")
     longest = f"; memory is for {plan.longest.length}" if plan.longest.length > batch.length else ""
     epochs = f" × {plan.epochs} epochs" if plan.epochs > 1 else ""
     return "\n".join(
         [
             f"data   {data.samples:,} samples{epochs}, {data.tokens:.0f} tokens each, {data.graded:.0f} graded",
             f"       ({data.source})",
-            f"batch  {batch.rows} rows × {batch.length} positions per GPU: {batch.samples:.1f} samples{pictures}"
-            + longest,
+            f"batch  {batch.rows} rows × {batch.length} positions per GPU: {content}{longest}",
             f"steps  {plan.steps:,} of {plan.samples_per_step:,.0f} samples",
         ]
     )
