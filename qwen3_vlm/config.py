@@ -142,8 +142,9 @@ class TokenDataConfig:
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "must lie in 0…1")
         require_positive(self, "max_seq_len", "eval_max")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
-        starts = [task.ramp_from for task in self.tasks.values()]
-        require(min(starts) == 0, "tasks", ", ".join(self.tasks), "must have one whose ramp_from is 0, to begin with")
+        whole = [task.ramp_until for task in self.tasks.values()]
+        names = ", ".join(self.tasks)
+        require(min(whole) == 0, "tasks", names, "must have one without a ramp (ramp_until is 0), to begin with")
 
 
 @dataclass(frozen=True, slots=True)

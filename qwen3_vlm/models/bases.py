@@ -159,3 +159,9 @@ def _quiet_report() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Compute a layer's activations again in backward instead of keeping them; by the name that the library has now."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

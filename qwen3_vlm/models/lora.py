@@ -164,11 +164,21 @@ def read_adapter(folder: Path, trunk: Any, prefix: str) -> None:
     tensors = {name.removeprefix(start): tensor for name, tensor in found.items()}
     parameters = lora_parameters(trunk)
     lines = _differences(tensors, parameters)
+    scale, here = settings["alpha"] / settings["rank"], _scale(trunk)
+    if scale != here:
+        lines.append(
+            f"alpha ÷ rank is {scale:g} in {ADAPTER_CONFIG}, and {here:g} here: the same weights would do another thing"
+        )
     if lines:
         raise AddOnError(f"{folder / ADAPTER} does not fit the model:\n  " + "\n  ".join(lines[:20]))
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def _scale(trunk: Any) -> float:
+    config = trunk.peft_config[NAME]
+    return float(config.lora_alpha / config.r)
 
 
 def _differences(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:

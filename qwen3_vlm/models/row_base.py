@@ -19,8 +19,16 @@ from qwen3_vlm.fingerprint import (
 from qwen3_vlm.models.add_on_files import base_folder, folder_differences, refuse_differences
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.models.vocabulary_rows import SplitEmbedding
+from qwen3_vlm.tokenization.token_space import TokenSpace
 
-__all__ = ["base_differences", "describe_base", "fingerprint_base", "load_tokenizer", "require_base_files"]
+__all__ = [
+    "base_differences",
+    "describe_base",
+    "fingerprint_base",
+    "load_tokenizer",
+    "require_base_files",
+    "require_tokenizer",
+]
 
 
 def describe_base(
@@ -70,6 +78,23 @@ def require_base_files(
     tokenizer = fingerprint_tokenizer(load_tokenizer(where, trust_remote_code))
     refuse_differences(folder, lines + differences(info["tokenizer_fingerprint"], tokenizer, "tokenizer"))
     return where
+
+
+def require_tokenizer(llm: str | Path, found: Mapping[str, Any], space: TokenSpace) -> None:
+    """Refuse a base whose tokenizer is not the token space's.
+
+    Args:
+        found: from `fingerprint_tokenizer`.
+
+    Raises:
+        ModelError: both are told.
+    """
+    if found["sha256"] != space.text.tokenizer_sha256:
+        raise ModelError(
+            f"The tokenizer of {llm} is not the one that the token space was built with (sha256 "
+            f"{found['sha256'][:12]}…, {space.text.tokenizer_sha256[:12]}… is needed), so text ids would mean "
+            "something else."
+        )
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -34,7 +34,13 @@ from qwen3_vlm.models.add_on_files import (
 )
 from qwen3_vlm.models.bases import load_strictly
 from qwen3_vlm.models.lora import ADAPTER, ADAPTER_FILES, lora_parameters, marked, read_adapter, unmarked, write_adapter
-from qwen3_vlm.models.row_base import base_differences, describe_base, fingerprint_base, require_base_files
+from qwen3_vlm.models.row_base import (
+    base_differences,
+    describe_base,
+    fingerprint_base,
+    require_base_files,
+    require_tokenizer,
+)
 from qwen3_vlm.models.row_tensors import DTYPE, ROW_NAMES, read_layout, read_row_tensors, write_row_tensors
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.storage import atomic_directory, atomic_write_bytes, atomic_write_json, read_bytes, read_json
@@ -106,12 +112,7 @@ def write_rows(
 ) -> None:
     """The files of `save_rows` in a folder whose atomicity is the caller's."""
     space = model.token_space
-    found = base["tokenizer_fingerprint"]["sha256"]
-    if found != space.text.tokenizer_sha256:
-        raise ModelError(
-            f"The tokenizer of {base['base_llm']} is not the one that the token space was built with (sha256 "
-            f"{found[:12]}…, {space.text.tokenizer_sha256[:12]}… is needed), so text ids would mean something else."
-        )
+    require_tokenizer(base["base_llm"], base["tokenizer_fingerprint"], space)
     found_here = model.row_parameters() | marked(lora_parameters(model.language_model))
     rows, adapter = unmarked(tensors if tensors is not None else found_here)
     if adapter:

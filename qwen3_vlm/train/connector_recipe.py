@@ -15,13 +15,14 @@ from qwen3_vlm.config import ModelConfig, RunConfig
 from qwen3_vlm.data.features import FeatureCache, feature_fingerprint
 from qwen3_vlm.data.records import ImageRef
 from qwen3_vlm.errors import ConfigError
-from qwen3_vlm.models.bases import load_bases
+from qwen3_vlm.models.bases import enable_checkpointing, load_bases
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 from qwen3_vlm.train.add_ons import load_connector, write_connector
 from qwen3_vlm.train.data_source import DataSource, check_data_paths, open_data
 from qwen3_vlm.train.evaluations import Evaluations
 from qwen3_vlm.train.identity import describe_bases
+from qwen3_vlm.train.lora_stage import refuse_adapter
 from qwen3_vlm.train.packing_check import check_packing
 from qwen3_vlm.train.recipe import Recipe
 from qwen3_vlm.train.step_plan import StepPlan, plan_steps
@@ -31,6 +32,7 @@ class ConnectorRecipe(Recipe):
     """See the module."""
 
     add_on = "connector"
+    data_section = "data"
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: Path) -> None:
         super().__init__(config, accelerator, folder)
@@ -93,7 +95,12 @@ class ConnectorRecipe(Recipe):
         return found
 
     def load(self, directory: Path, model: Any) -> None:
-        """Strictly; see `load_connector`."""
+        """Strictly; see `load_connector`.
+
+        Raises:
+            AddOnError: it has an adapter, and this stage trains none.
+        """
+        refuse_adapter(directory, model, self.config.stage, instead="stage2_sft")
         load_connector(directory, model, self.bases)
 
     def write(
@@ -128,9 +135,7 @@ def build_model(config: ModelConfig, seed: int) -> tuple[Qwen3VLMForConditionalG
         initializer_range=config.initializer_range,
     )
     if config.gradient_checkpointing:
-        llm: Any = model.model.language_model
-        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
-        enable()
+        enable_checkpointing(model.model.language_model)
     return model, processor
 
 

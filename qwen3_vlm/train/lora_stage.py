@@ -1,10 +1,15 @@
-"""What the stages with an adapter have in common: a fresh one, its optimizer group, the drift of text."""
+"""What the stages with an adapter have in common: a fresh one, its optimizer group, the drift of text.
 
+And what those without one refuse: an add-on that has an adapter.
+"""
+
+from pathlib import Path
 from typing import Any
 
 from qwen3_vlm.config import RunConfig
+from qwen3_vlm.errors import AddOnError
 from qwen3_vlm.evaluate.text_drift import DriftReport, measure_drift
-from qwen3_vlm.models.lora import add_lora, lora_parameters
+from qwen3_vlm.models.lora import ADAPTER, add_lora, has_lora, lora_parameters
 
 
 def fresh_lora(config: RunConfig, trunk: Any) -> None:
@@ -23,3 +28,16 @@ def text_drift(config: RunConfig, model: Any, tokenizer: Any) -> DriftReport:
     """How far the adapter moved the text suite, against the config's limits."""
     lora = config.lora
     return measure_drift(model, tokenizer, max_kl=lora.max_text_kl, max_ratio=lora.max_perplexity_ratio)
+
+
+def refuse_adapter(directory: Path, model: Any, stage: str, *, instead: str) -> None:
+    """Where the model has no adapter, its add-on may have none either: it would be neither trained nor kept.
+
+    Args:
+        instead: the stage that trains both.
+
+    Raises:
+        AddOnError: it has one.
+    """
+    if (directory / ADAPTER).is_file() and not has_lora(model):
+        raise AddOnError(f"{directory} has an adapter, and {stage} trains none: go on from it with {instead}.")

@@ -72,6 +72,7 @@ class Recipe(ABC):
     """
 
     add_on: ClassVar[str]  # what the add-on is called, and its folder in the run
+    data_section: ClassVar[str]  # of the config: where the data is described
     start_from: str | None  # the add-on that the run begins with
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: Path) -> None:
@@ -131,6 +132,10 @@ class Recipe(ABC):
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
         """For the optimizer; `scale` is what a group's learning rate is multiplied with."""
         return [{"params": list(self.parameters(model).values()), "scale": 1.0}]
+
+    def loss_options(self) -> dict[str, float]:
+        """What the model's forward pass is told of the loss, beside the batch."""
+        return {}
 
     def figures(self, model: Any) -> dict[str, float]:
         """More figures for a line of metrics.jsonl; collective under FSDP."""

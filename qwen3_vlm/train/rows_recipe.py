@@ -8,17 +8,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from qwen3_vlm.config import RunConfig
-from qwen3_vlm.errors import ModelError, Qwen3VLMError
+from qwen3_vlm.errors import ConfigError, DataError, Qwen3VLMError
 from qwen3_vlm.evaluate.parameter_integrity import base_digests
 from qwen3_vlm.evaluate.text_identity import TextBehaviour, compare_text, measure_text
-from qwen3_vlm.models.bases import load_strictly
+from qwen3_vlm.fingerprint import fingerprint_tokenizer, resolve_folder
+from qwen3_vlm.models.bases import enable_checkpointing, load_strictly
+from qwen3_vlm.models.logit_rules import logit_rules
+from qwen3_vlm.models.row_base import load_tokenizer, require_tokenizer
 from qwen3_vlm.models.row_files import describe_base, load_rows, write_rows
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
+from qwen3_vlm.tokenization.uti_config import load_uti_config
 from qwen3_vlm.train.checkpoint import whole
+from qwen3_vlm.train.lora_stage import refuse_adapter
 from qwen3_vlm.train.recipe import Recipe
 from qwen3_vlm.train.step_plan import MixtureSteps
 from qwen3_vlm.train.token_evaluations import TokenEvaluations
@@ -29,6 +34,7 @@ class RowsRecipe(Recipe):
     """See the module. What the base was before training is measured here, while it is nothing but the base."""
 
     add_on = "rows"
+    data_section = "tokens"
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, folder: Path) -> None:
         super().__init__(config, accelerator, folder)
@@ -45,13 +51,14 @@ class RowsRecipe(Recipe):
         return bool(self.accelerator.distributed_type == DistributedType.FSDP)
 
     def check(self) -> None:
-        """Raises: ModelError: the tokenizer of the base can't be had."""
+        """Raises:
+        ModelError: the tokenizer of the base can't be had, or is another than that of the data.
+        ConfigError: the data has no uti.yaml, which goes into every checkpoint.
+        """
         settings = self.config.model
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(settings.llm, trust_remote_code=settings.trust_remote_code)
-        except (OSError, ValueError) as problem:
-            reason = str(problem).strip().split("\n", 1)[0]
-            raise ModelError(f"No tokenizer can be read from {settings.llm}: {reason}") from problem
+        self.tokenizer = load_tokenizer(resolve_folder(settings.llm, what="llm"), settings.trust_remote_code)
+        require_tokenizer(settings.llm, fingerprint_tokenizer(self.tokenizer), self.token_space)
+        load_uti_config(uti_folder(self.config.tokens))
 
     def build(self) -> TokenLM:
         """The base, looked at before anything is done to it, and fresh rows behind it."""
@@ -70,7 +77,7 @@ class RowsRecipe(Recipe):
             self.text_before = measure_text(llm, self.tokenizer)
         model = TokenLM.grow(llm, self.token_space, init=self.config.rows.init, seed=self.config.seed)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         return model
 
     def describe(self, model: Any) -> None:
@@ -81,15 +88,37 @@ class RowsRecipe(Recipe):
         )
 
     def open_data(self, model: Any, cache_dir: Path) -> TokenSource:
-        """The shards of every folder, by task."""
-        return open_tokens(self.config, self.token_space, verify=self.accelerator.is_main_process)
+        """The shards of every folder, by task.
+
+        Raises:
+            DataError: see `open_tokens`; or a sequence is longer than the base can read.
+        """
+        data = open_tokens(self.config, self.token_space, verify=self.accelerator.is_main_process)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and data.longest_sequence > positions:
+            raise DataError(
+                f"The longest sequence has {data.longest_sequence:,} ids; {self.config.model.llm} reads {positions:,}. "
+                "Set tokens.max_seq_len to that or less: what is longer is left out and counted."
+            )
+        return data
 
     def plan(self, data: TokenSource, *, ranks: int, rank: int) -> MixtureSteps:
         """The mixture of tasks, step by step."""
         return data.plan(self.config.optim, ranks=ranks, rank=rank)
 
     def check_model(self, model: Any) -> None:
-        """Nothing to refuse: rows are padded, and none attends to another."""
+        """Raises: ConfigError: the loss has terms that this family's scores do not take."""
+        rules = logit_rules(model.config)
+        wanted = [name for name, value in self.loss_options().items() if value]
+        if rules and wanted:
+            raise ConfigError(
+                f"This base changes the scores of its head ({', '.join(rules)}), for which "
+                f"{' and '.join(f'rows.{name}' for name in wanted)} can't be used; leave out what is set."
+            )
+
+    def loss_options(self) -> dict[str, float]:
+        """Smoothing and (log Z)²."""
+        return {"label_smoothing": self.config.rows.label_smoothing, "z_loss": self.config.rows.z_loss}
 
     def evaluations(self, model: Any, data: TokenSource) -> TokenEvaluations:
         """Loss by task, the gates and the golden set."""
@@ -138,7 +167,12 @@ class RowsRecipe(Recipe):
         return found
 
     def load(self, directory: Path, model: Any) -> None:
-        """Strictly; see `load_rows`."""
+        """Strictly; see `load_rows`.
+
+        Raises:
+            AddOnError: it has an adapter, and this stage trains none.
+        """
+        refuse_adapter(directory, model, self.config.stage, instead="stage4_mmpt")
         load_rows(directory, model, self.base)
 
     def write(

@@ -19,7 +19,7 @@ from qwen3_vlm.data.task_mixture import TaskMixture, TaskSample, TaskShare
 from qwen3_vlm.data.token_batches import TokenBatches, TokenCollator, TokenRecords, cut_micro_batches
 from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.fingerprint import fingerprint_dataset
-from qwen3_vlm.tokenization.sequences import DropCounter, sequence_format, task_names
+from qwen3_vlm.tokenization.sequences import DropCounter, sequence_format, sequence_lengths, task_names
 from qwen3_vlm.tokenization.token_space import MODALITIES, TokenSpace
 from qwen3_vlm.train.signals import leave_to_parent
 from qwen3_vlm.train.step_plan import MixtureSteps
@@ -52,6 +52,17 @@ class TokenSource:
         audio = self.token_space.audio
         longest = self.train.lengths[:, MODALITIES.index("audio")].max(initial=0)
         return int(longest) // audio.num_codebooks if audio else 0
+
+    @property
+    def longest_sequence(self) -> int:
+        """Ids of the longest sequence of any task, to train on or held out."""
+        sides = ((self.train, {name: share.indices for name, share in self.shares.items()}), (self.eval, self.held_out))
+        lengths = (
+            sequence_lengths(name, records.lengths[indices]).max(initial=0)
+            for records, chosen in sides
+            for name, indices in chosen.items()
+        )
+        return int(max(lengths))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -142,9 +153,15 @@ def check_token_folders(config: TokenDataConfig) -> TokenSpace:
     if not config.folders:
         raise DataError("The config names no training data: set tokens.folders to what `data tokenize` wrote.")
     task_names(config.tasks)
-    spaces = []
+    spaces: list[TokenSpace] = []
+    seen: dict[str, str] = {}
     for folder in config.folders:
-        read_dataset(folder)
+        earlier = seen.setdefault(read_dataset(folder).sha256, folder)
+        if earlier != folder or config.folders.count(folder) > 1:
+            raise DataError(
+                f"tokens.folders has the same data twice ({earlier} and {folder}): its held-out records would count "
+                "twice as evidence. Give a task more weight, or more epochs, instead."
+            )
         spaces.append(TokenSpace.load(folder))
         spaces[0].require_same(spaces[-1], f"The data set {folder}")
     return spaces[0]

@@ -202,7 +202,7 @@ def _accumulate(run: Run, inputs: Sequence[dict[str, Tensor]], labels: int) -> t
         on_device = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in tensors.items()}
         last = number == len(inputs)
         with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
-            outputs = run.wrapped(**on_device, num_items_in_batch=share)
+            outputs = run.wrapped(**on_device, **run.recipe.loss_options(), num_items_in_batch=share)
             accelerator.backward(outputs.loss)
         total += outputs.loss.detach().float()
         tasks.add(outputs)
@@ -313,13 +313,14 @@ def _checkpoint_due(run: Run) -> bool:
 
 def _too_many_bad(run: Run) -> str:
     """The sentence that ends the run if more of the records were bad than the config allows, else nothing."""
-    allowed = run.config.data.max_bad_fraction
+    section = run.recipe.data_section
+    allowed = getattr(run.config, section).max_bad_fraction
     skipped, seen = int(run.counters["skipped"]), int(run.counters["samples"] + run.counters["skipped"])
     if not judged_bad(skipped, seen, run.data.num_train, allowed):
         return ""
     return (
-        f"{skipped:,} of the {seen:,} records seen so far could not be used; data.max_bad_fraction allows {allowed:g}. "
-        f"They are listed in {run.log.skipped.path}. The run was saved at step {run.step:,}."
+        f"{skipped:,} of the {seen:,} records seen so far could not be used; {section}.max_bad_fraction allows "
+        f"{allowed:g}. They are listed in {run.log.skipped.path}. The run was saved at step {run.step:,}."
     )
 
 

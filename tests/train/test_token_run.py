@@ -132,7 +132,7 @@ def test_going_on_from_trained_rows(dataset: Path, whole_run: Path, tmp_path: Pa
         ({"tokens__train_split": "validation"}, DataError, "has records in a split 'validation'"),
         ({"tokens__max_seq_len": 8}, DataError, "No record .* can be used for the task i2t"),
         ({"data__packing": False}, ConfigError, "does not read the section data"),
-        ({"tokens__tasks": {"i2t": {"ramp_from": 0.5, "ramp_until": 0.6}}}, ConfigError, "ramp_from is 0"),
+        ({"tokens__tasks": {"i2t": {"ramp_from": 0.5, "ramp_until": 0.6}}}, ConfigError, "without a ramp"),
     ],
 )
 def test_refused(dataset: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str) -> None:
