@@ -144,8 +144,13 @@ def find_rows(source: str | Path) -> Path:
     """A trainable-rows folder: a local one, or the files of a hub id.
 
     Raises:
+        AddOnError: it is a folder of something else.
         ModelError: it can't be had.
     """
+    if Path(source).is_dir() and not (Path(source) / ROWS_INFO).is_file():
+        inside = Path(source) / "rows"
+        hint = f" Of this run they are in {inside}." if (inside / ROWS_INFO).is_file() else ""
+        raise AddOnError(f"{source} is no trainable-rows folder: it has no {ROWS_INFO}.{hint}")
     return resolve_folder(
         source,
         what="add-on",

@@ -16,6 +16,7 @@ from qwen3_vlm.folder_lock import FolderLock
 from qwen3_vlm.generate.generation import fitting_grammar
 from qwen3_vlm.generate.generation import run as generate_by
 from qwen3_vlm.models.lora import add_lora, read_adapter, write_adapter
+from qwen3_vlm.models.row_files import find_rows
 from qwen3_vlm.train import train_utils
 from qwen3_vlm.train.checkpoint import SavedState, require_same_run, rng_state
 from qwen3_vlm.train.lora_stage import refuse_adapter
@@ -143,3 +144,13 @@ def test_the_order_of_tasks_is_part_of_a_run(tmp_path: Path) -> None:
     require_same_run(saved, then)
     with pytest.raises(CheckpointError, match=r"tokens\.tasks"):
         require_same_run(saved, {"tokens.tasks": dict(reversed(then["tokens.tasks"].items()))})
+
+
+def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
+    """A run's folder given for the rows in it, or a connector's."""
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(AddOnError, match=r"no trainable-rows folder: it has no trainable_rows\.json\.$"):
+        find_rows(tmp_path)
+    (tmp_path / "rows" / "trainable_rows.json").write_text("{}")
+    with pytest.raises(AddOnError, match=r"Of this run they are in .*rows"):
+        find_rows(tmp_path)
