@@ -27,6 +27,7 @@ ALLOWED = {
     "cli_eval": COMMANDS,
     "cli_generate": COMMANDS | {"cli_uti"},
     "cli_uti": COMMANDS,
+    "lmms_eval_model": BOTTOM | {"data", "evaluate", "models", "tokenization", "train"},
     "__init__": {"config", "errors", "evaluate", "generate", "models", "tokenization", "train"},  # behind __getattr__
     "__main__": {"cli"},
 }

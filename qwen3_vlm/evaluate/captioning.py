@@ -67,9 +67,18 @@ def caption_images(
 
 
 def generate_answers(
-    model: Any, processor: Any, requests: Sequence[Request], *, max_new_tokens: int = 64, batch_size: int = 8
+    model: Any,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    decoding: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """One answer per request, in order; requests of like length share a batch.
+
+    Args:
+        decoding: fields of GenerationConfig for another decoding than the greedy one, such as `num_beams`.
 
     Raises:
         ModelError: a request's text and pictures do not agree in number; names the request.
@@ -86,19 +95,18 @@ def generate_answers(
     with evaluation_mode(model):
         for chunk in _chunks(order, batch_size):
             images = [image for index in chunk for image in requests[index].images]
-            texts = _generate_batch(model, processor, [prompts[index] for index in chunk], images, max_new_tokens)
+            config = _greedy(max_new_tokens, processor, decoding or {})
+            texts = _generate_batch(model, processor, [prompts[index] for index in chunk], images, config)
             for index, text in zip(chunk, texts, strict=True):
                 answers[index] = text
     return answers
 
 
 def _generate_batch(
-    model: Any, processor: Any, prompts: Sequence[list[int]], images: list[Image.Image], max_new_tokens: int
+    model: Any, processor: Any, prompts: Sequence[list[int]], images: list[Image.Image], config: GenerationConfig
 ) -> list[str]:
     device = device_of(model)
-    stop_ids = processor.stop_token_ids()
-    pad_id = processor.tokenizer.pad_token_id
-    pad_id = stop_ids[0] if pad_id is None else pad_id
+    pad_id = config.pad_token_id
     width = max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts])  # (B, T), padded on the left
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -107,24 +115,28 @@ def _generate_batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         **pixels,
-        generation_config=_greedy(max_new_tokens, stop_ids, pad_id),
+        generation_config=config,
     )
     return [text.strip() for text in processor.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
-def _greedy(max_new_tokens: int, stop_ids: list[int], pad_id: int) -> GenerationConfig:
+def _greedy(max_new_tokens: int, processor: Any, changes: Mapping[str, Any]) -> GenerationConfig:
     """Every setting that could bend greedy decoding is given, or the base's own would be used."""
+    stop_ids, pad_id = processor.stop_token_ids(), processor.tokenizer.pad_token_id
+    plain = {
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         eos_token_id=stop_ids,
-        pad_token_id=pad_id,
+        pad_token_id=stop_ids[0] if pad_id is None else pad_id,
+        **{**plain, **changes},
     )
 
 
