@@ -167,7 +167,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=
 
 @app.command(name="golden-diff")
 def golden_diff(
-    first: Annotated[Path, typer.Argument(help="Golden file or folder, such as golden/step-000200.", show_default=False)],
+    first: Annotated[Path, typer.Argument(help="Golden file or folder: golden/step-000200.", show_default=False)],
     second: Annotated[Path, typer.Argument(help="The same of another checkpoint.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:

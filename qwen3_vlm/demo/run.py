@@ -27,6 +27,7 @@ TESTS = {
     "seen": "known pairs",
     "plain": "plain drawings",
 }
+SCENE = "a small cat left of a big apple on a blue background"
 STOPPED = "The run was stopped; start it again and it goes on from there."
 SIZES = DemoSizes(phrases=3000, phrases_unseen=400)
 DEMANDED_EXACT, DEMANDED_FACT = 0.5, 0.8  # of the unseen combinations
@@ -82,7 +83,7 @@ def run_demo(out: Path) -> None:
     console.print(f"{time.monotonic() - started:.0f} s in all. Now with pictures and words of your own:", style="bold")
     for arguments in (
         f"caption PICTURE.png --checkpoint {connector}",
-        f'generate image "a small cat left of a big apple on a blue background" -o cat.png --checkpoint {rows}',
+        f'generate image "{SCENE}" -o cat.png --top-p 0.9 --guidance 2 --checkpoint {rows}',
         f'generate audio "a small cat" -o cat.wav --checkpoint {rows}',
         f"generate text --image cat.png --checkpoint {rows}",
         f"generate text --audio cat.wav --checkpoint {rows}",

@@ -119,13 +119,14 @@ def judge(out: Path, rows: Path, connector: Path) -> dict[str, Any]:
     from qwen3_vlm.train.add_ons import load_vlm
 
     model, uti = TokenLM.from_add_on(rows), UnifiedTokenizer.open(rows)
-    plain = Sampling(image=Choice(temperature=0), audio=Choice(temperature=0))
-    options: dict[str, Any] = {"sampling": plain, "batch_size": 50}
+    likely = Choice(top_p=0.9)
+    options: dict[str, Any] = {"sampling": Sampling(image=likely, audio=likely), "batch_size": 50}
+    guided = options | {"sampling": Sampling(image=likely, guidance=2.0)}
     scenes, names = (read_manifest(out / "data" / f"manifest_{name}.jsonl")[:DRAWN] for name in HELD_OUT)
     captions = [record["text"] for record in scenes]
 
     read = generate(model, uti, "text", [{"image": record["image"]} for record in scenes], **options)
-    drawn = generate(model, uti, "image", [{"text": text} for text in captions], **options)
+    drawn = generate(model, uti, "image", [{"text": text} for text in captions], **guided)
     vlm, processor = load_vlm(connector)
     prompt = "Describe the image."
     seen = caption_images(vlm, processor, drawn, prompt=prompt, max_new_tokens=32, batch_size=50)

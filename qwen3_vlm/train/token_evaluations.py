@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qwen3_vlm.train.rows_recipe import RowsRecipe
 
 GENERATED_TOGETHER = 32  # samples of one call
-GREEDY = Sampling(image=Choice(temperature=0), audio=Choice(temperature=0))
+GOLDEN = Sampling(image=Choice(top_p=0.9), audio=Choice(top_p=0.9))  # the likeliest picture of all is an empty one
 SAMPLED = Sampling(image=Choice(), audio=Choice())
 
 
@@ -109,14 +109,14 @@ class TokenEvaluations:
         )
 
     def golden(self, step: int) -> dict[str, Any]:
-        """Answer the golden prompts of every task, keep the dump of this step, and return its scores by task."""
+        """Answer the golden prompts of every task, texts greedily and the rest with fixed seeds; the scores."""
         if not self._working or self._uti is None:
             return {}
         if step not in self._golden_scores:
             with self._golden_folder() as folder, self._accelerator.autocast():
                 records = {task: self._golden_records(task, folder) for task in self._data.tasks}
                 items = dump_token_golden(
-                    self._uti, self.generator(GREEDY), records, folder, step=step, batch_size=GENERATED_TOGETHER
+                    self._uti, self.generator(GOLDEN), records, folder, step=step, batch_size=GENERATED_TOGETHER
                 )
             self._golden_scores = {step: score_token_golden(items, self._config.eval.confidence)}
         return self._golden_scores[step]
