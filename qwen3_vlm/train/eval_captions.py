@@ -85,7 +85,10 @@ def answer(model: Any, processor: Any, records: Sequence[Record], config: RunCon
     """All answers of these conversations, greedily, and how many conversations have a picture that can't be read."""
     answers: list[Answer] = []
     unreadable = 0
-    options = {"max_new_tokens": config.eval.golden_max_new_tokens, "batch_size": config.eval.batch_size}
+    options: dict[str, Any] = {
+        "max_new_tokens": config.eval.golden_max_new_tokens,
+        "batch_size": config.eval.batch_size,
+    }
     for start in range(0, len(records), _CHUNK):
         asked: list[Answer] = []
         seeing: list[Request] = []
