@@ -26,7 +26,7 @@ from qwen3_vlm.storage import atomic_write_json
 
 UTI_CONFIG, RUN_CONFIG = CONFIGS / "demo_uti.yaml", CONFIGS / "demo_stage3.yaml"
 TRAINING, HELD_OUT = ("pictures", "phrases"), ("pictures_unseen", "phrases_unseen")  # manifests of the data set
-DRAWN = 200  # pictures that are drawn from unseen descriptions, and captioned
+DRAWN = 100  # pictures that are drawn from unseen descriptions, and captioned
 
 
 def run_tokens(out: Path, connector: Path, console: Console) -> Path | None:
