@@ -172,7 +172,9 @@ def demo_case() -> Case:
     rows, length, graded, latents = config.optim.batch_size, 40, 12 * config.optim.batch_size, config.model.num_latents
     inputs = packed_inputs(shapes.text.vocabulary, rows, length, graded, rows, latents)
     ids = inputs["input_ids"]
-    ids[ids == shapes.text.vocabulary - 1] = processor.image_token_id
+    is_picture = ids == shapes.text.vocabulary - 1
+    ids[ids == processor.image_token_id] = 0
+    ids[is_picture] = processor.image_token_id
     assert shapes.tower is not None
     inputs["patch_embeddings"] = torch.randn(rows, shapes.tower.patches, shapes.tower.width)
     del inputs["position_ids"]  # rows are padded, not packed

@@ -413,8 +413,11 @@ def input_bytes(model: Model, batch: Batch) -> float:
 
 
 def early_gradient_bytes(model: Model) -> float:
-    """Gradients that come first in the backward pass, while all activations are there: those of the head's new rows."""
-    return float(GRADIENT_BYTES * model.new_rows * model.text.width)
+    """Gradients that come while all activations are there: those of an untied head's new rows.
+
+    A tied base's rows get theirs at the end of the backward pass (`losses.LateGradient`).
+    """
+    return 0.0 if model.text.tied else float(GRADIENT_BYTES * model.new_rows * model.text.width)
 
 
 def step_memory(
@@ -453,10 +456,11 @@ def step_memory(
 def _worst_moment(
     model: Model, batch: Batch, numerics: Numerics, checkpointing: bool, gradients_stay: bool, shards: int
 ) -> tuple[float, float, float]:
-    """(gradients, activations, working) when their sum is largest: in the tower, in the loss, at the start of backward,
-    or when it is done."""
-    kept_loss, loss = loss_bytes(model, batch, numerics)
-    kept = kept_activation_bytes(model, batch, numerics, checkpointing=checkpointing) + kept_loss
+    """(gradients, activations, working) when their sum is largest: in the tower, in the loss, in its backward pass, in
+    the last layer's, or when all is done."""
+    of_loss, loss = loss_bytes(model, batch, numerics)
+    kept = kept_activation_bytes(model, batch, numerics, checkpointing=checkpointing)
+    norm = batch.positions * model.text.width * FP32  # the last one's input: gone when the last layer's turn comes
     layer = layer_working_bytes(model, batch, numerics)
     if checkpointing:
         layer += layer_activation_bytes(model, batch, numerics)
@@ -464,10 +468,13 @@ def _worst_moment(
             layer -= batch.positions * model.text.width * FP32
     every = GRADIENT_BYTES * trainable_parameters(model) / shards
     before = every if gradients_stay else 0.0
+    early = max(before, early_gradient_bytes(model))
+    of_rows = row_gradient_bytes(model, batch, numerics)
     moments = (
         (before, 0.0, tower_working_bytes(model, batch, numerics)),
-        (before, kept, loss),
-        (max(before, early_gradient_bytes(model)), kept, max(layer, row_gradient_bytes(model, batch, numerics))),
+        (before, kept + of_loss, loss),
+        (every, of_loss, of_rows) if model.text.tied else (early, kept + of_loss, of_rows),
+        (early, kept - norm, layer),
         (every, 0.0, 0.0),
     )
     return max(moments, key=sum)

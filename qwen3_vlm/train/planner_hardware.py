@@ -5,7 +5,7 @@ Peak is dense bf16 with fp32 accumulation, as the maker gives it (figures "with 
 are those of the maker's own systems, or 100 Gb/s Ethernet for cards that have none.
 
 Utilisation is an assumption, not a datum: executed FLOPs ÷ (time × peak). Published training runs with fused
-kernels reach 0.40 – 0.59 on H100 and 0.55 – 0.75 on A100 between 1 and 30 billion parameters (HFU tables of
+kernels reach 0.38 – 0.59 on H100 and 0.53 – 0.79 on A100 between 1 and 30 billion parameters (HFU tables of
 llm-foundry, scripts/train/benchmarking/README.md; 0.38 – 0.43 MFU for Llama 3, arXiv:2407.21783, table 4).
 Modules of plain PyTorch, as here, spend more time in norms and activations, so some three quarters of that are
 assumed. Measure your own and give it.

@@ -197,7 +197,9 @@ def test_flops_of_the_full_size_on_the_meta_device(check: Any) -> None:
         inputs = torch.empty(2, 512, 4096, requires_grad=True)
         pixels = torch.empty(3, 3, 384, 384)
     with FlopCounterMode(display=False) as counter:
-        trunk(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
+        trunk(
+            inputs_embeds=inputs, attention_mask={"full_attention": None}, use_cache=False
+        ).last_hidden_state.sum().backward()
     shape = TextShape(4096, 12_288, 4, 32, 8, 128, 8, True)
     batch = Batch(2, 512, 0)
     planned = formulas.executed_flops(Model(shape), batch, checkpointing=False, attention_backward=2.0)
