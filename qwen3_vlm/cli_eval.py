@@ -40,4 +40,4 @@ def evaluate(
     result = evaluate_run(run, checkpoint=checkpoint, config=config, overrides=overrides or (), options=options)
     for table in result.tables:
         print(table.to_text())
-    print(f"Report: {result.report}")
+    print(f"Report: {result.report}" if result.report else f"Results: {result.results}")

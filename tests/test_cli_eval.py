@@ -184,6 +184,7 @@ def test_what_is_refused(run: Run, connector_run: Path, token_run: Path, tmp_pat
 def test_an_add_on_with_another_config(run: Run, connector_run: Path, tmp_path: Path) -> None:
     shutil.copytree(connector_run / "connector", tmp_path / "out" / "connector")
     config = connector_run / "config.yaml"
-    status, _, err = run("eval", tmp_path / "out" / "connector", "--config", config, "--no-gates", "--samples", 1)
+    status, printed, err = run("eval", tmp_path / "out" / "connector", "--config", config, "--no-gates", "--samples", 1)
     assert (status, err) == (0, "")
+    assert f"Results: {tmp_path.resolve() / 'out' / 'results'}" in printed, "a report is written of a run folder"
     assert tables(tmp_path / "out").keys() == {"loss", "answers"}

@@ -51,7 +51,8 @@ class EvalResult:
 
     subject: Subject
     tables: tuple[Table, ...]
-    report: Path
+    results: Path
+    report: Path | None  # None where the add-on lies in no run folder
 
 
 def evaluate_run(
@@ -84,8 +85,10 @@ def evaluate_run(
         raise ConfigError("`eval` runs in one process; start it without a launcher.")
     tables = _measure(subject, settings, accelerator, options)
     origin = f"`qwen3-vlm eval` of {subject.add_on.name} at step {subject.step:,}."
-    write_tables(subject.run / "results", tables, origin)
-    return EvalResult(subject, tuple(tables), write_report(subject.run))
+    results = subject.run / "results"
+    write_tables(results, tables, origin)
+    report = write_report(subject.run) if (subject.run / CONFIG_FILE).is_file() else None
+    return EvalResult(subject, tuple(tables), results, report)
 
 
 def find_subject(path: Path, checkpoint: int | None = None, config: Path | None = None) -> Subject:
