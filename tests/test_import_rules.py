@@ -22,10 +22,11 @@ ALLOWED = {
     "train": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization"},
     "serve": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization", "train"},
     "demo": BOTTOM | {"data", "evaluate", "generate", "models", "tokenization", "train"},
-    "cli": COMMANDS | {"cli_data", "cli_eval", "cli_generate", "cli_uti"},
+    "cli": COMMANDS | {"cli_data", "cli_eval", "cli_generate", "cli_plan", "cli_uti"},
     "cli_data": COMMANDS,
     "cli_eval": COMMANDS,
     "cli_generate": COMMANDS | {"cli_uti"},
+    "cli_plan": COMMANDS,
     "cli_uti": COMMANDS,
     "lmms_eval_model": BOTTOM | {"data", "evaluate", "models", "tokenization", "train"},
     "__init__": {"config", "errors", "evaluate", "generate", "models", "tokenization", "train"},  # behind __getattr__

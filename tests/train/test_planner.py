@@ -203,6 +203,7 @@ def test_every_default_can_be_planned() -> None:
 
 
 DOCUMENT = CONFIGS.parent / "docs" / "planning.md"
+CHECKED = CONFIGS.parent / "benchmarks" / "results" / "plan_check.json"
 
 
 def refreshed(text: str) -> str:
@@ -214,7 +215,23 @@ def refreshed(text: str) -> str:
         assert result.exit_code == 0, result.output
         return f"```console\n$ qwen3-vlm plan {block.group(1)}\n{result.output.rstrip()}\n```"
 
-    return re.sub(r"```console\n\$ qwen3-vlm plan ([^\n]+)\n(?:.*?\n)??```", run, text, flags=re.DOTALL)
+    text = re.sub(r"```console\n\$ qwen3-vlm plan ([^\n]+)\n(?:.*?\n)??```", run, text, flags=re.DOTALL)
+    start, end = "<!-- benchmarks/results/plan_check.json -->\n", "<!-- end -->"
+    return re.sub(f"{start}.*?{end}", f"{start}{checked_table()}\n{end}", text, flags=re.DOTALL)
+
+
+def checked_table() -> str:
+    """The recorded comparison as a table; each figure is planned ÷ measured."""
+    if not CHECKED.exists():
+        return "Not recorded yet."
+    found = json.loads(CHECKED.read_text(encoding="utf-8"))
+    lines = ["| planned ÷ measured | bytes beside the model | with the model | FLOPs |", "|---|---|---|---|"]
+    for name, case in found["cases"].items():
+        ratio = case["ratio"]
+        lines.append(f"| {name} | {ratio['bytes']:.3f} | {case['whole_ratio']:.3f} | {ratio['flops']:.4f} |")
+    full = found["full_size"]["ratio"]
+    beside, whole, flops = (full[key] for key in ("over_the_model_bytes", "peak_bytes", "useful_flops"))
+    return "\n".join([*lines, f"| Qwen3-8B + SO400M, stage 1 | {beside:.3f} | {whole:.3f} | {flops:.4f} |"])
 
 
 def test_the_document_shows_what_the_command_prints() -> None:
@@ -222,6 +239,14 @@ def test_the_document_shows_what_the_command_prints() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert text.count("$ qwen3-vlm plan") >= 3
     assert refreshed(text) == text
+
+
+@pytest.mark.skipif(not CHECKED.exists(), reason="benchmarks/plan_check.py has not been run yet")
+def test_the_recorded_comparison_is_within_a_tenth() -> None:
+    found = json.loads(CHECKED.read_text(encoding="utf-8"))
+    ratios = [value for case in found["cases"].values() for value in (*case["ratio"].values(), case["whole_ratio"])]
+    for ratio in [*ratios, *found["full_size"]["ratio"].values()]:
+        assert ratio == pytest.approx(1, abs=0.1)
 
 
 if __name__ == "__main__":
