@@ -41,10 +41,12 @@ CASES = ("fp32-i2t", "fp32-t2i", "bf16-i2t", "bf16-t2i", "fp32-i2t-untied")
 WAYS = ("hook", "peft", "ours")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {"hook": {"memory": 0.15, "time": 0.5}, "peft": {"memory": 0.20, "time": 0.6}}
-RETURN_FREED = {  # memory that is freed goes back at once, so that the peak is what is held
+ENVIRONMENT = {  # memory that is freed goes back at once, so that the peak is what is held
     "MALLOC_MMAP_THRESHOLD_": str(2**20),
     "MALLOC_TRIM_THRESHOLD_": str(2**20),
     "MALLOC_ARENA_MAX": "2",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
 }
 Step = Callable[[dict[str, Tensor]], Tensor]
 
@@ -227,7 +229,7 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
 def run_child(side: str, *arguments: object) -> dict[str, Any]:
     """A way in a process of its own; later arguments win over the command line's."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, *map(str, arguments)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | RETURN_FREED)
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ENVIRONMENT)
     return last_json_line(child.stdout)
 
 
