@@ -29,7 +29,7 @@ TESTS = {
 }
 SCENE = "a small cat left of a big apple on a blue background"
 STOPPED = "The run was stopped; start it again and it goes on from there."
-SIZES = DemoSizes(phrases=2400, phrases_unseen=400)
+SIZES = DemoSizes(phrases=1600, phrases_unseen=400)
 DEMANDED_EXACT, DEMANDED_FACT = 0.5, 0.8  # of the unseen combinations
 
 
