@@ -19,6 +19,7 @@ from qwen3_vlm import __version__
 from qwen3_vlm.cli_data import data_app
 from qwen3_vlm.cli_eval import evaluate
 from qwen3_vlm.cli_generate import generate_app
+from qwen3_vlm.cli_plan import plan
 from qwen3_vlm.cli_uti import uti_app
 from qwen3_vlm.errors import DataError, ImageError, Qwen3VLMError
 
@@ -38,6 +39,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(generate_app, name="generate")
 app.add_typer(uti_app, name="uti")
 app.command(name="eval")(evaluate)
+app.command()(plan)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/stage1_align.yaml.", show_default=False)]
 Overrides = Annotated[

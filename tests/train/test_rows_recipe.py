@@ -22,7 +22,7 @@ from qwen3_vlm.train.checkpoint import SavedState, require_same_run, rng_state
 from qwen3_vlm.train.lora_stage import refuse_adapter
 from qwen3_vlm.train.recipe import make_recipe
 from qwen3_vlm.train.run import make_accelerator
-from qwen3_vlm.train.token_evaluations import GREEDY
+from qwen3_vlm.train.token_evaluations import GOLDEN
 from qwen3_vlm.train.train_utils import start_run, train
 from tests.models.grown import grow, make_base
 from tests.tiny import save_tiny_llm
@@ -84,12 +84,12 @@ def test_answers_are_generated_without_dropout(dataset: Path, tmp_path: Path, st
     evaluations: Any = run.evaluations
     prompts = [("t2i", {"text": np.arange(5, 9 + number)}) for number in range(3)]
     modes, before = [module.training for module in run.model.modules()], rng_state()
-    found = evaluations.generator(GREEDY)(prompts)
+    found = evaluations.generator(GOLDEN)(prompts)
     assert rng_state() == before
     assert [module.training for module in run.model.modules()] == modes
     with evaluation_mode(run.model):
         grammar = fitting_grammar(run.model, prompts)
-        assert torch.equal(found, generate_by(run.model, prompts, grammar, GREEDY, [0, 1, 2]))
+        assert torch.equal(found, generate_by(run.model, prompts, grammar, GOLDEN, [0, 1, 2]))
 
 
 def test_refused_before_anything_is_loaded(dataset: Path, tmp_path: Path) -> None:
