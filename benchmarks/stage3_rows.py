@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -93,7 +94,7 @@ def make_batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
     return [batch(1), *(batch(options.batch_size) for _ in range(options.steps))]
 
 
-class Way:
+class Way(ABC):
     """One way to train the new rows: `step` gives a loss, `trained` what the optimizer gets, `rows` the new rows."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -107,12 +108,13 @@ class Way:
         checkpoint_layers(self.model)
         self.model.train()
 
+    @abstractmethod
     def prepare(self, base: Any) -> nn.Module:
-        raise NotImplementedError
+        """The model whose rows are trained, made of the base in place."""
 
+    @abstractmethod
     def matrices(self) -> list[Tensor]:
         """What holds the new rows: of the embedding and, untied, of the head."""
-        raise NotImplementedError
 
     def rows(self, matrix: Tensor) -> Tensor:
         return matrix[-len(self.initial[0]) :]

@@ -327,9 +327,8 @@ def _column(names: Sequence[str], given: str | None, usual: Sequence[str], table
 
 
 def _row(names: Sequence[str], cells: Sequence[str], path_name: str, text_name: str) -> dict[str, Any]:
-    row: dict[str, Any] = dict(
-        zip(names, cells, strict=False)
-    )  # a ragged row lacks its last cells; surplus is nameless
+    pairs = zip(names, cells, strict=False)  # a ragged row lacks its last cells; surplus is nameless
+    row: dict[str, Any] = dict(pairs)
     path, text = row.pop(path_name, ""), row.pop(text_name, None)
     return {**row, "path": path.strip(), "text": text}
 

@@ -54,9 +54,8 @@ class LosslessText:
             if _decode(tokenizer, ids) == text:
                 return ids
         kept = _decode(self.tokenizer, ids)
-        same = [
-            a == b for a, b in zip(text, kept, strict=False)
-        ]  # one may be longer: then it differs where the other ends
+        pairs = zip(text, kept, strict=False)  # one may be longer: then it differs where the other ends
+        same = [a == b for a, b in pairs]
         place = [*same, False].index(False)
         raise TokenError(
             f"The tokenizer of {self.identity.name} can't keep this text: at character {place} it has "

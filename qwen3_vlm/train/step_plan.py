@@ -80,6 +80,7 @@ def plan_steps(
     """The plan of a run over the records `indices`, whose token counts are `lengths`."""
 
     def epoch_plan(epoch: int) -> Sequence[MicroBatch]:
+        """The global list of micro-batches of one epoch."""
         return plan_epoch(
             lengths,
             batch_size=config.optim.batch_size,

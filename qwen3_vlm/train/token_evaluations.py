@@ -165,6 +165,7 @@ class TokenEvaluations:
         seeds = itertools.count(self._config.seed)
 
         def generate(prompts: Sequence[Prompt]) -> Tensor:
+            """Prompts → (B, T) ids after them, padded on the right, on the CPU."""
             fitting = fitting_grammar(self._model, prompts)
             grammar = Grammar(
                 self._data.token_space,

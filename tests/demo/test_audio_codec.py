@@ -1,5 +1,6 @@
 """The shipped audio codec keeps its promises, and the recipe that made it does what it says."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_held_out_lines_are_held_out() -> None:
 
 def test_training_never_speaks_in_the_held_out_voice_or_of_a_held_out_name() -> None:
     held_out = {name for name in recipe.spoken_names() if phrase_is_held_out(name)}
-    spoken = [line for line, _ in zip(recipe.training_lines(0), range(400), strict=False)]
+    spoken = list(islice(recipe.training_lines(0), 400))
     assert HELD_OUT_VOICE not in {line.voice for line in spoken}
     forms = {carrier.format(name) for carrier in recipe.CARRIERS for name in held_out}
     assert not forms & {line.text for line in spoken}
