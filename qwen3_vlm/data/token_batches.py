@@ -34,6 +34,7 @@ from qwen3_vlm.tokenization.sequences import (
 )
 from qwen3_vlm.tokenization.token_space import MODALITIES, TokenSpace
 
+NOTHING = np.empty(0, dtype=np.int32)
 TASK_NUMBERS = {task: number for number, task in enumerate(SEQUENCES)}
 
 
@@ -179,7 +180,7 @@ class TokenBatches(Dataset[Batch]):
                     self.token_space, sample.task, record.ids, max_len=self.max_seq_len, noise_key=noise
                 )
                 if self._drops_source(sample):
-                    sequence = sequence.without_source()
+                    sequence = sequence.with_source(NOTHING)
                 made.append((sequence, sample, record.id))
             except (RecordError, TokenError) as error:
                 origin = self.records.origin(sample.record)

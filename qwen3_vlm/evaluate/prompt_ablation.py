@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from qwen3_vlm.config import EvalConfig
-from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold, compare_conditions
+from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold
 from qwen3_vlm.evaluate.shuffling import derangement, exchange_groups
-from qwen3_vlm.evaluate.token_losses import TokenRecord, collect_sequences, sequence_losses, source_ids, with_source
+from qwen3_vlm.evaluate.token_losses import TokenRecord, collect_sequences, graded_conditions, source_ids
 from qwen3_vlm.tokenization.token_space import TokenSpace
 
 THRESHOLDS = {"shuffled": Threshold(0.0), "empty": Threshold(0.0)}  # an interval clear of zero is what is asked for
@@ -74,25 +74,18 @@ def run_prompt_ablation(
     sources = [source_ids(sequence) for _, sequence in found]
     groups = exchange_groups(range(len(sources)), [source.tobytes() for source in sources])
     partners = derangement(groups, seed)
-    prompts = {
+    given = {
         "correct": sources,
         "shuffled": [sources[partner] for partner in partners],
         "empty": [np.empty(0, np.int32)] * len(sources),
     }
-    graded = {}
-    for condition, given in prompts.items():
-        sequences = [with_source(own, ids) for (_, own), ids in zip(found, given, strict=True)]
-        graded[condition] = sequence_losses(model, token_space, sequences, batch_size=config.batch_size)
-    loss_sums = {name: sums for name, (sums, _) in graded.items()}
-    counts = graded["correct"][1]
-    losses, gaps = compare_conditions(loss_sums, counts, THRESHOLDS, config, seed)
+    names = tuple(name for name, _ in found)
+    conditions = {
+        condition: [own.with_source(ids) for (_, own), ids in zip(found, prompts, strict=True)]
+        for condition, prompts in given.items()
+    }
     return PromptAblationReport(
-        sample_ids=tuple(name for name, _ in found),
-        token_counts=counts,
-        loss_sums=loss_sums,
-        losses=losses,
-        gaps=gaps,
-        seed=seed,
+        **graded_conditions(model, token_space, names, conditions, THRESHOLDS, config, seed),
         task=task,
         same_prompt=sum(groups[partner] == group for partner, group in zip(partners, groups, strict=True)),
         dropped=dropped,

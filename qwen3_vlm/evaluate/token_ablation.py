@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3_vlm.config import EvalConfig
-from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold, compare_conditions
-from qwen3_vlm.evaluate.token_losses import TokenRecord, collect_sequences, sequence_losses, source_ids, with_source
+from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold
+from qwen3_vlm.evaluate.token_losses import TokenRecord, collect_sequences, graded_conditions, source_ids
 from qwen3_vlm.tokenization.sequences import TokenSequence, sequence_format
 from qwen3_vlm.tokenization.token_space import Content, TokenSpace
 
@@ -85,23 +85,15 @@ def run_token_ablation(
     found, dropped = collect_sequences(
         token_space, task, records, max_samples=config.ablation_samples, max_len=max_len, seed=seed
     )
-    graded = {}
-    for condition in CONDITIONS[source]:
-        sequences = [_replaced(token_space, own, condition, name, seed) for name, own in found]
-        graded[condition] = sequence_losses(model, token_space, sequences, batch_size=config.batch_size)
-        if condition == "shuffled":
-            pairs = zip(sequences, found, strict=True)
-            unchanged = sum(np.array_equal(sequence.input_ids, own.input_ids) for sequence, (_, own) in pairs)
-    loss_sums = {name: sums for name, (sums, _) in graded.items()}
-    counts = graded["correct"][1]
-    losses, gaps = compare_conditions(loss_sums, counts, thresholds(config), config, seed)
+    names = tuple(name for name, _ in found)
+    conditions = {
+        condition: [_replaced(token_space, own, condition, name, seed) for name, own in found]
+        for condition in CONDITIONS[source]
+    }
+    pairs = zip(conditions["shuffled"], found, strict=True)
+    unchanged = sum(np.array_equal(sequence.input_ids, own.input_ids) for sequence, (_, own) in pairs)
     return TokenAblationReport(
-        sample_ids=tuple(name for name, _ in found),
-        token_counts=counts,
-        loss_sums=loss_sums,
-        losses=losses,
-        gaps=gaps,
-        seed=seed,
+        **graded_conditions(model, token_space, names, conditions, thresholds(config), config, seed),
         task=task,
         unchanged=unchanged,
         dropped=dropped,
@@ -141,7 +133,7 @@ def replaced_ids(
 def _replaced(token_space: TokenSpace, own: TokenSequence, condition: str, name: str, seed: int) -> TokenSequence:
     """A sequence with the ids of its source replaced."""
     source, set_key = sequence_format(own.task).source, f"{seed}/{own.task}"
-    return with_source(own, replaced_ids(token_space, source, source_ids(own), condition, set_key, name))
+    return own.with_source(replaced_ids(token_space, source, source_ids(own), condition, set_key, name))
 
 
 def _new_order(frames: Ids, generator: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -7,18 +7,18 @@ Shapes: n sequences.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen3_vlm.config import EvalConfig
 from qwen3_vlm.data.token_batches import TokenCollator
 from qwen3_vlm.errors import DataError, TokenError
 from qwen3_vlm.evaluate.batches import TEXT_INPUTS, device_of, evaluation_mode, select
-from qwen3_vlm.evaluate.conditions import Counts, Sums
+from qwen3_vlm.evaluate.conditions import Counts, Sums, Threshold, compare_conditions
 from qwen3_vlm.evaluate.metrics import row_losses
-from qwen3_vlm.tokenization.sequences import IGNORED, TokenSequence, build_sequence
+from qwen3_vlm.tokenization.sequences import TokenSequence, build_sequence
 from qwen3_vlm.tokenization.token_space import TokenSpace
 
 Ids = npt.NDArray[np.int32]
@@ -83,22 +83,31 @@ def sequence_losses(
     return sums, counts
 
 
-def with_source(sequence: TokenSequence, source: Ids) -> TokenSequence:
-    """The sequence with other ids, of any number, in the place of its source's own."""
-    span = sequence.span("source")
-    more = len(source) - (span.stop - span.start)
-    before = np.full(span.start + len(source), IGNORED, dtype=np.int32)
-    return replace(
-        sequence,
-        input_ids=np.concatenate([sequence.input_ids[: span.start], source, sequence.input_ids[span.stop :]]),
-        labels=np.concatenate([before, sequence.labels[span.stop :]]),
-        spans=tuple(
-            part._replace(start=part.start + more * (part.start >= span.stop), stop=part.stop + more)
-            if part.stop >= span.stop
-            else part
-            for part in sequence.spans
-        ),
-    )
+def graded_conditions(
+    model: Any,
+    token_space: TokenSpace,
+    names: tuple[str, ...],
+    conditions: Mapping[str, Sequence[TokenSequence]],
+    thresholds: Mapping[str, Threshold],
+    config: EvalConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Grade the same samples under each condition: what a `ConditionReport` is made of.
+
+    Args:
+        names: (n,) ids of the samples.
+        conditions: condition → (n,) sequences, "correct" among them.
+        thresholds: of the conditions that are gates.
+    """
+    graded = {
+        condition: sequence_losses(model, token_space, sequences, batch_size=config.batch_size)
+        for condition, sequences in conditions.items()
+    }
+    loss_sums = {condition: sums for condition, (sums, _) in graded.items()}
+    counts = graded["correct"][1]
+    losses, gaps = compare_conditions(loss_sums, counts, thresholds, config, seed)
+    common: dict[str, Any] = {"sample_ids": names, "token_counts": counts, "loss_sums": loss_sums, "seed": seed}
+    return common | {"losses": losses, "gaps": gaps}
 
 
 def source_ids(sequence: TokenSequence) -> Ids:

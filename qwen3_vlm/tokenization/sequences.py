@@ -93,12 +93,19 @@ class TokenSequence:
         """The span of that name."""
         return next(span for span in self.spans if span.name == name)
 
-    def without_source(self) -> "TokenSequence":
-        """The same example after a prompt that has nothing in its source, as `unconditional_prompt` has it."""
-        source, target = self.span("source"), self.span("target")
-        kept = np.r_[: source.start, source.stop : len(self)]
-        spans = _spans(sequence_format(self.task), 0, target.stop - target.start)
-        return TokenSequence(self.task, self.input_ids[kept], self.labels[kept], spans)
+    def with_source(self, source: Ids) -> "TokenSequence":
+        """The same example with other ids, of any number, in the place of its source's own.
+
+        With none at all its prompt is the `unconditional_prompt`.
+        """
+        own, target = self.span("source"), self.span("target")
+        before = np.full(own.start + len(source), IGNORED, dtype=np.int32)
+        return TokenSequence(
+            self.task,
+            np.concatenate([self.input_ids[: own.start], source, self.input_ids[own.stop :]]).astype(np.int32),
+            np.concatenate([before, self.labels[own.stop :]]),
+            _spans(sequence_format(self.task), len(source), target.stop - target.start),
+        )
 
     @property
     def num_label_tokens(self) -> int:
@@ -220,7 +227,7 @@ def unconditional_prompt(token_space: TokenSpace, task: str) -> Ids:
         <|text_start|> <|text_end|>  <|gen_img|>  <|img_start|>        t2i
 
     What guidance compares a prompt with, and what an "empty" prompt of an ablation is. `build_sequence` refuses an
-    empty source; a training example looks like this only where `TokenSequence.without_source` made it so.
+    empty source; a training example looks like this only where `TokenSequence.with_source` made it so.
 
     Raises:
         TokenError: there is no such task.

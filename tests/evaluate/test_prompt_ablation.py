@@ -9,7 +9,7 @@ import torch
 
 from qwen3_vlm.config import EvalConfig
 from qwen3_vlm.evaluate.prompt_ablation import run_prompt_ablation
-from qwen3_vlm.evaluate.token_losses import source_ids, with_source
+from qwen3_vlm.evaluate.token_losses import source_ids
 from qwen3_vlm.tokenization.sequences import build_sequence, parse_sequence, prompt_ids, unconditional_prompt
 from tests.data.tiny_shards import tiny_record
 from tests.evaluate.token_stubs import SPACE, Reader, told_records
@@ -22,7 +22,7 @@ CONFIG = EvalConfig(bootstrap_samples=200)
 def test_another_prompt_before_the_same_target(task: str) -> None:
     ours, theirs = (tiny_record(number, SPACE).ids for number in (3, 4))
     own, other = (build_sequence(SPACE, task, ids) for ids in (ours, theirs))
-    mixed = with_source(own, source_ids(other))
+    mixed = own.with_source(source_ids(other))
     prompt = prompt_ids(SPACE, task, theirs)
     assert mixed.input_ids[: len(prompt)].tolist() == prompt.tolist()
     target = own.span("target")
@@ -35,7 +35,7 @@ def test_another_prompt_before_the_same_target(task: str) -> None:
 
 def test_the_empty_prompt_is_the_one_that_generation_knows() -> None:
     own = build_sequence(SPACE, "t2i", tiny_record(3, SPACE).ids)
-    empty = with_source(own, np.empty(0, np.int32))
+    empty = own.with_source(np.empty(0, np.int32))
     prompt = unconditional_prompt(SPACE, "t2i")
     assert empty.input_ids[: len(prompt)].tolist() == prompt.tolist()
     assert (empty.labels != -100).sum() == own.num_label_tokens

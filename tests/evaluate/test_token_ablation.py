@@ -11,7 +11,7 @@ import torch
 from qwen3_vlm.config import EvalConfig
 from qwen3_vlm.errors import DataError, TokenError
 from qwen3_vlm.evaluate.token_ablation import CONDITIONS, replaced_ids, run_token_ablation
-from qwen3_vlm.evaluate.token_losses import sequence_losses, source_ids, with_source
+from qwen3_vlm.evaluate.token_losses import sequence_losses, source_ids
 from qwen3_vlm.tokenization.sequences import build_sequence, parse_sequence
 from tests.data.tiny_shards import tiny_record
 from tests.evaluate.token_stubs import SPACE, Reader, told_records
@@ -31,7 +31,7 @@ def test_every_condition_is_a_valid_sequence_with_the_same_answer(task: str) -> 
     source = parse_sequence(SPACE, own.input_ids).source
     for condition in CONDITIONS[source]:
         ids = replaced_ids(SPACE, source, source_ids(own), condition, "0", record.id)
-        parsed = parse_sequence(SPACE, with_source(own, ids).input_ids)
+        parsed = parse_sequence(SPACE, own.with_source(ids).input_ids)
         assert parsed.source_ids.tolist() == ids.tolist()
         assert parsed.target_ids.tolist() == record.ids[parsed.target].tolist()
         assert (condition == "correct") <= (ids.tolist() == source_ids(own).tolist())
