@@ -241,7 +241,6 @@ def test_the_document_shows_what_the_command_prints() -> None:
     assert refreshed(text) == text
 
 
-@pytest.mark.skipif(not CHECKED.exists(), reason="benchmarks/plan_check.py has not been run yet")
 def test_the_recorded_comparison_is_within_a_tenth() -> None:
     found = json.loads(CHECKED.read_text(encoding="utf-8"))
     ratios = [value for case in found["cases"].values() for value in (*case["ratio"].values(), case["whole_ratio"])]
