@@ -192,7 +192,7 @@ def test_strange_tower_outputs_are_refused(tmp_path: Path, refs: list[ImageRef])
         with pytest.raises(DataError, match=message):
             FeatureCache(tmp_path / str(number), "x").build(refs, PIXELS, tower, batch_size=4)
     with pytest.raises(DataError, match="one fixed resolution"):
-        FeatureCache(tmp_path / "n", "x").build(refs, lambda images: PIXELS(images) | {"spatial_shapes": 1}, Tower())  # type: ignore
+        FeatureCache(tmp_path / "n", "x").build(refs, lambda images: {**PIXELS(images), "spatial_shapes": 1}, Tower())
 
 
 def test_collator_reads_features_instead_of_pictures(tmp_path: Path, refs: list[ImageRef]) -> None:
