@@ -33,7 +33,6 @@ from qwen3_vlm.evaluate.batches import (
     IMAGE_INPUTS,
     TEXT_INPUTS,
     device_of,
-    evaluation_mode,
     num_rows,
     select,
 )
@@ -41,6 +40,7 @@ from qwen3_vlm.evaluate.conditions import ConditionReport, Threshold, compare_co
 from qwen3_vlm.evaluate.metrics import row_losses
 from qwen3_vlm.evaluate.shuffling import derangement, exchange_groups
 from qwen3_vlm.models.losses import IGNORE_INDEX
+from qwen3_vlm.models.modes import evaluation_mode
 
 CONDITIONS = ("correct", "shuffled", "zero", "noise")
 

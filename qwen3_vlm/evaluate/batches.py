@@ -3,8 +3,7 @@
 Batches come from the collator with packing off: every row holds one sample.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,20 +38,3 @@ def num_rows(batch: Batch) -> int:
             "so make the batches with packing off."
         )
     return rows
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no graph; afterwards every module is back in the very mode it was in.
-
-    Module by module, because in training the frozen bases stay in evaluation mode while the
-    connector does not: `model.train()` would switch them all.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 
 from qwen3_vlm.data.records import CAPTION_PROMPT, IMAGE_MARK
 from qwen3_vlm.errors import ModelError
-from qwen3_vlm.evaluate.batches import device_of, evaluation_mode
+from qwen3_vlm.evaluate.batches import device_of
+from qwen3_vlm.models.modes import evaluation_mode
 
 _CHARACTERS_PER_TOKEN = 16  # more than any text has on average; what is longer is not even tokenized
 _IMAGE_MARKS = ("<image_patch>", IMAGE_MARK)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.data.splits import BUCKET_NAMES, bucket_of
-from qwen3_vlm.evaluate.batches import device_of, evaluation_mode, num_rows, select
+from qwen3_vlm.evaluate.batches import device_of, num_rows, select
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio
+from qwen3_vlm.models.modes import evaluation_mode
 
 _PERCENTILES = (50, 90, 99)
 

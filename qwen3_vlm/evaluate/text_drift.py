@@ -20,12 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_vlm.evaluate.batches import device_of, evaluation_mode
+from qwen3_vlm.evaluate.batches import device_of
 from qwen3_vlm.evaluate.conditions import json_interval
 from qwen3_vlm.evaluate.gates import limit_gate
 from qwen3_vlm.evaluate.intervals import Interval, bootstrap_ratio
 from qwen3_vlm.evaluate.text_suite import SUITE_SHA256, TEXTS
 from qwen3_vlm.models.lora import without_lora
+from qwen3_vlm.models.modes import evaluation_mode
 
 MAX_TOKENS = 128  # of a text; the rest is not read
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from qwen3_vlm.errors import DataError, ModelError
-from qwen3_vlm.evaluate.batches import device_of, evaluation_mode
+from qwen3_vlm.evaluate.batches import device_of
 from qwen3_vlm.evaluate.conditions import finite
 from qwen3_vlm.evaluate.gates import equality_gate
 from qwen3_vlm.evaluate.text_suite import SUITE_SHA256, TEXTS
+from qwen3_vlm.models.modes import evaluation_mode
 from qwen3_vlm.models.precision import compute_in_fp32, must_widen
 
 MAX_TOKENS = 128  # of a text; the rest is not read

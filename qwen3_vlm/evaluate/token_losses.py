@@ -15,9 +15,10 @@ import numpy.typing as npt
 from qwen3_vlm.config import EvalConfig
 from qwen3_vlm.data.token_batches import TokenCollator
 from qwen3_vlm.errors import DataError, TokenError
-from qwen3_vlm.evaluate.batches import TEXT_INPUTS, device_of, evaluation_mode, select
+from qwen3_vlm.evaluate.batches import TEXT_INPUTS, device_of, select
 from qwen3_vlm.evaluate.conditions import Counts, Sums, Threshold, compare_conditions
 from qwen3_vlm.evaluate.metrics import row_losses
+from qwen3_vlm.models.modes import evaluation_mode
 from qwen3_vlm.tokenization.sequences import TokenSequence, build_sequence
 from qwen3_vlm.tokenization.token_space import TokenSpace
 

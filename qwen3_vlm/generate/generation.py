@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from qwen3_vlm.errors import ModelError, TokenError
 from qwen3_vlm.generate.grammar import Grammar
 from qwen3_vlm.generate.sampling import Sampler, Sampling
+from qwen3_vlm.models.modes import evaluation_mode
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.sequences import (
     BOUNDARIES,
@@ -164,7 +165,10 @@ def run(
     stopping: StoppingCriteriaList | None = None,
     **settings: Any,
 ) -> Tensor:
-    """One call of the model's own `generate` → (B, T) new ids, padded on the right."""
+    """One call of the model's own `generate` → (B, T) new ids, padded on the right.
+
+    In evaluation mode, whatever mode the model is in: without dropout, and with a cache beside gradient checkpointing.
+    """
     space = model.token_space
     sampler = Sampler(grammar, sampling, seeds)
     rows = [prompt_ids(space, task, ids) for task, ids in prompts]
@@ -175,15 +179,16 @@ def run(
     input_ids, attention_mask = pad_left(rows, grammar.pad_id)
     _check_length(model, input_ids.shape[1], config.max_new_tokens)
     library: Any = model
-    output = library.generate(
-        input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        grammar=grammar,
-        logits_processor=LogitsProcessorList([sampler]),
-        generation_config=config,
-        streamer=streamer,
-        stopping_criteria=stopping,
-    )
+    with evaluation_mode(model):
+        output = library.generate(
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            grammar=grammar,
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=stopping,
+        )
     return output[: len(prompts), input_ids.shape[1] :]
 
 
@@ -240,6 +245,8 @@ def encode(tokenizer: UnifiedTokenizer, source: Source) -> dict[str, npt.NDArray
         TokenError: it can't become ids, or names no modality.
     """
     match dict(source):
+        case {"text": ""}:
+            raise TokenError("The text is empty; say in words what shall come.", "empty_text")
         case {"text": text}:
             return {"text": np.array(tokenizer.encode_text(text))}
         case {"image": image}:

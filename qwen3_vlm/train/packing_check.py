@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qwen3_vlm.errors import ModelError
-from qwen3_vlm.evaluate.batches import device_of, evaluation_mode
+from qwen3_vlm.evaluate.batches import device_of
+from qwen3_vlm.models.modes import evaluation_mode
 
 SAMPLE_LENGTHS = ((5, 9, 4), (7, 6, 5))  # rows of packed samples
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}  # nats on one token

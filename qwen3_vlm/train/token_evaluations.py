@@ -16,7 +16,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from qwen3_vlm.errors import DataError
-from qwen3_vlm.evaluate.batches import evaluation_mode
 from qwen3_vlm.evaluate.decode_success import DecodeReport, Generate, Prompt, measure_decoding
 from qwen3_vlm.evaluate.gates import unmeasured_gate
 from qwen3_vlm.evaluate.metrics import LossReport, evaluate_loss
@@ -172,8 +171,7 @@ class TokenEvaluations:
                 max_text=min(fitting.text_lengths[1], self._config.eval.golden_max_new_tokens),
                 max_frames=max(1, min(fitting.frames[1], self._data.longest_sound)),
             )
-            with evaluation_mode(self._model):  # no dropout, and a cache beside gradient checkpointing
-                return run(self._model, prompts, grammar, sampling, [next(seeds) for _ in prompts]).cpu()
+            return run(self._model, prompts, grammar, sampling, [next(seeds) for _ in prompts]).cpu()
 
         return generate
 

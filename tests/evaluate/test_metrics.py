@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.data.encode import SkippedRecord
 from qwen3_vlm.errors import DataError
-from qwen3_vlm.evaluate.batches import evaluation_mode
 from qwen3_vlm.evaluate.metrics import LossReport, evaluate_loss
+from qwen3_vlm.models.modes import evaluation_mode
 from tests.evaluate.helpers import make_batches, make_records
 
 

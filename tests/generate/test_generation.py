@@ -24,6 +24,7 @@ from qwen3_vlm.generate.generation import (
 )
 from qwen3_vlm.generate.grammar import Grammar, GrammarProcessor
 from qwen3_vlm.generate.sampling import Choice, Sampler, Sampling
+from qwen3_vlm.models.lora import add_lora, lora_parameters
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.sequences import SEQUENCES, prompt_ids, unconditional_prompt
 from qwen3_vlm.tokenization.token_space import ImageIdentity, TokenSpace
@@ -339,3 +340,26 @@ def test_an_answer_that_was_cut_is_no_answer(speaker: Speaker) -> None:
     (segment,) = split_segments(grammar, "image", torch.tensor([first, end, grammar.pad_id, grammar.pad_id]))
     assert isinstance(segment, Segment)
     assert segment.ids.tolist() == [first]
+
+
+def test_a_model_in_training_mode_answers_like_one_that_is_not(tiny_llm_dir: Path) -> None:
+    """An adapter's dropout is off while it answers, no random number of torch's is drawn, the mode is put back."""
+    model, uti = tiny_speaker(tiny_llm_dir)
+    add_lora(model.language_model, rank=2, alpha=4, dropout=0.5)
+    with torch.no_grad():
+        for parameter in lora_parameters(model.language_model).values():
+            parameter.add_(0.3)
+    options: dict[str, Any] = {"grammar": grammar_of((model, uti)), "sampling": SAMPLING}
+    prompts = [("t2i", {"text": np.array(uti.encode_text("a dog"))})]
+    expected = generate_ids(model.eval(), prompts, **options)
+    model.train()
+    before = torch.get_rng_state()
+    found = generate_ids(model, prompts, **options)
+    assert found[0][0].ids.tolist() == expected[0][0].ids.tolist()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+
+
+def test_an_empty_text_is_a_sentence(speaker: Speaker) -> None:
+    with pytest.raises(TokenError, match="The text is empty"):
+        generate_image(*speaker, "")

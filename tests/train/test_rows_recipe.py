@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 from qwen3_vlm.data.token_batches import TokenRecords
 from qwen3_vlm.errors import AddOnError, CheckpointError, ConfigError, DataError, ModelError, RecordError
-from qwen3_vlm.evaluate.batches import evaluation_mode
 from qwen3_vlm.folder_lock import FolderLock
 from qwen3_vlm.generate.generation import fitting_grammar
 from qwen3_vlm.generate.generation import run as generate_by
 from qwen3_vlm.models.lora import add_lora, read_adapter, write_adapter
+from qwen3_vlm.models.modes import evaluation_mode
 from qwen3_vlm.models.row_files import find_rows
 from qwen3_vlm.train import train_utils
 from qwen3_vlm.train.checkpoint import SavedState, require_same_run, rng_state
