@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from qwen3_vlm.data.captions import Records
 from qwen3_vlm.data.collate import Batch, Collator, LoadedSample, MicroBatch
 from qwen3_vlm.data.encode import SampleEncoder, SkippedRecord
+from qwen3_vlm.data.worker_pool import signals_to_parent
 from qwen3_vlm.errors import RecordError
 
 
@@ -59,7 +60,15 @@ def ordered_loader(dataset: Any, num_workers: int) -> DataLoader[Batch]:
     """The batches `dataset[0]`, `dataset[1]`, … in this order, made by worker processes."""
     workers = min(num_workers, len(dataset))
     generator = torch.Generator()  # its own: making an iterator draws from it, and a resumed run must not notice
-    return DataLoader(dataset, batch_size=None, collate_fn=_unchanged, num_workers=workers, generator=generator)
+    return _Loader(dataset, batch_size=None, collate_fn=_unchanged, num_workers=workers, generator=generator)
+
+
+class _Loader(DataLoader[Batch]):
+    """Its workers never see SIGTERM or SIGINT; they end when this process does, which torch watches over."""
+
+    def __iter__(self) -> Any:
+        with signals_to_parent():
+            return super().__iter__()
 
 
 def _unchanged(batch: Any) -> Any:

@@ -118,7 +118,7 @@ class _Worker(Generic[Task]):
         self.connection, theirs = context.Pipe()
         lifeline, self._lifeline = context.Pipe(duplex=False)
         self._process = context.Process(target=_serve, args=(start, theirs, lifeline), daemon=True)
-        with _environment(ONE_THREAD), _signals_to_parent():
+        with _environment(ONE_THREAD), signals_to_parent():
             self._process.start()
         theirs.close()
         lifeline.close()
@@ -194,9 +194,9 @@ def _portable(error: Exception, task: Any) -> Exception:
 
 
 @contextlib.contextmanager
-def _signals_to_parent() -> Iterator[None]:
+def signals_to_parent() -> Iterator[None]:
     """Ctrl-C and schedulers signal the whole process group, but it is the parent that decides: a child that is
-    started meanwhile never sees either signal."""
+    started meanwhile never sees either signal, from its first moment on."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -20,7 +20,6 @@ from qwen3_vlm.data.splits import load_split, pick_stratified, save_split, split
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.fingerprint import fingerprint_dataset
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
-from qwen3_vlm.train.signals import leave_to_parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +88,7 @@ class DataSource:
         return self._iterate(self.eval, self.eval_collator, rows)
 
     def _iterate(self, part: Part, collator: Collator, rows: Sequence[MicroBatch]) -> Iterator[Batch]:
-        loader = batch_loader(part.records, self.encoder, collator, rows, self.config.num_workers)
-        loader.worker_init_fn = leave_to_parent
-        return iter(loader)
+        return iter(batch_loader(part.records, self.encoder, collator, rows, self.config.num_workers))
 
 
 def check_data_paths(config: DataConfig) -> None:

@@ -32,17 +32,8 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a data worker before `leave_to_parent`
+            return  # a process forked meanwhile
         if self.name is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.name = signal.Signals(number).name
-
-
-def leave_to_parent(worker: int) -> None:
-    """For a data worker: schedulers and Ctrl-C signal the whole process group, but it is the parent that decides.
-
-    A worker still ends when its parent does, which torch watches over.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

@@ -21,7 +21,6 @@ from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.fingerprint import fingerprint_dataset
 from qwen3_vlm.tokenization.sequences import DropCounter, sequence_format, sequence_lengths, task_names
 from qwen3_vlm.tokenization.token_space import MODALITIES, TokenSpace
-from qwen3_vlm.train.signals import leave_to_parent
 from qwen3_vlm.train.step_plan import MixtureSteps
 
 Indices = npt.NDArray[np.int64]
@@ -137,9 +136,7 @@ class TokenSource:
             noise_seed=self.seed,
             source_dropout=source_dropout,
         )
-        loader = ordered_loader(dataset, self.config.num_workers)
-        loader.worker_init_fn = leave_to_parent
-        return iter(loader)
+        return iter(ordered_loader(dataset, self.config.num_workers))
 
 
 def check_token_folders(config: TokenDataConfig) -> TokenSpace:
