@@ -46,6 +46,13 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "$(PYTHON) is Python %d.%d; qwen3-vlm needs 3.11 or newer. Name another one: make PYTHON=/path/to/python3.11" % v[:2])'
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu, install python3-venv first."; exit 1; }
 
+# lmms-eval asks for some fifty packages, most of them for its tasks; our model class meets its interface alone.
+LMMS_EVAL := lmms-eval evaluate loguru pytz
+define install_alone
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --no-deps -c constraints.txt $(1) \
+	    >> $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; echo "The installation failed; its log is above."; exit 1; }
+endef
+
 # pip's own log is shown only when it fails. torch is named first and exactly, so that pip takes that build.
 define install
 	@echo "Installing $(1) into $(VENV) (pinned in constraints.txt; a minute or two) ..."
@@ -59,6 +66,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,qwen3-vlm and the development tools,.[dev$(comma)demo])
+	$(call install_alone,$(LMMS_EVAL))
 	@touch $(VENV)/.installed-demo
 
 comma := ,
