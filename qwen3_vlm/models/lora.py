@@ -6,10 +6,15 @@ that families with other names need no list; its outcome is written out in adapt
 
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
 
+A trunk can carry several adapters under names of their own, of which one acts at a time, or none (`use_lora`). Their
+files do not hold the name, and the base's weights are there once.
+
 Shapes: r rank, D widths.
 """
 
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,38 +31,52 @@ from qwen3_vlm.storage import atomic_file, atomic_write_json, read_json
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
 LORA = "lora/"  # before the names of an adapter's tensors, where they stand beside those of another add-on
-NAME = "default"  # PEFT's name of the one adapter
+NAME = "default"  # PEFT's name of an adapter that stands alone
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 8_192  # memory is set aside for it before the tensors are seen
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_LORA = re.compile(r"\.(lora_\w+)\.([A-Za-z0-9_-]+)")  # kind and adapter in a parameter's name
 
 
 def add_lora(
-    trunk: Any, *, rank: int, alpha: float, dropout: float = 0.0, dora: bool = False, seed: int = 0
+    trunk: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    dora: bool = False,
+    seed: int = 0,
+    name: str = NAME,
 ) -> list[str]:
     """Put fresh adapters on every linear layer of the trunk, in place; the names of those layers.
 
-    A fresh adapter changes nothing: its second factor is zero. The trunk's own weights are frozen by it.
+    A fresh adapter changes nothing: its second factor is zero. The trunk's own weights are frozen by it. Of several
+    adapters the one that was added last acts.
 
     Args:
         trunk: a decoder without its head, such as `Qwen3Model`.
         alpha: the update is scaled by alpha ÷ rank.
         dora: with a magnitude of its own per row (Liu et al., arXiv:2402.09353).
+        name: what `use_lora` knows it by: letters, digits, - and _.
 
     Raises:
-        ModelError: it has no linear layer, or already has an adapter.
+        ModelError: it has no linear layer, or already has an adapter of that name, or the name can't be one.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = [name for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
-    if not targets or has_lora(trunk):
-        raise ModelError(
-            "The language model already has an adapter." if targets else "The language model has no linear layers."
-        )
+    targets = _linear_layers(trunk)
+    if not targets:
+        raise ModelError("The language model has no linear layers.")
+    if not _NAME.fullmatch(name):
+        raise ModelError(f"{name!r} is no name of an adapter; use letters, digits, - and _.")
+    if name in lora_names(trunk):
+        raise ModelError("The language model already has an adapter" + f" {name!r}" * (name != NAME) + ".")
     settings: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_dora": dora}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(target_modules=targets, **settings), trunk)
-    for parameter in lora_parameters(trunk).values():
+        inject_adapter_in_model(LoraConfig(target_modules=targets, **settings), trunk, adapter_name=name)
+    for parameter in lora_parameters(trunk, name).values():
         parameter.data = parameter.data.float()
     return targets
 
@@ -78,17 +97,40 @@ def has_lora(module: nn.Module) -> bool:
     return any(_is_lora(name) for name, _ in module.named_parameters())
 
 
-def lora_parameters(trunk: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter: name as in PEFT's files, but for the prefix → parameter."""
-    return {_file_name(name): parameter for name, parameter in trunk.named_parameters() if _is_lora(name)}
+def lora_names(trunk: nn.Module) -> list[str]:
+    """The adapters that a trunk carries, in the order in which they were added."""
+    return list(getattr(trunk, "peft_config", {}))
+
+
+def lora_parameters(trunk: nn.Module, name: str = NAME) -> dict[str, nn.Parameter]:
+    """One adapter: name as in PEFT's files, but for the prefix → parameter."""
+    return {_file_name(key): parameter for key, parameter in trunk.named_parameters() if _adapter_of(key) == name}
+
+
+def use_lora(trunk: nn.Module, name: str | None) -> None:
+    """Let one adapter act, or none: then the trunk is the base's, to the bit. For answering; all of them are frozen.
+
+    Only layers that stand otherwise are touched, so that calling it before every pass costs next to nothing.
+
+    Raises:
+        ModelError: there is no adapter of that name.
+    """
+    if name is not None and name not in lora_names(trunk):
+        raise ModelError(f"There is no adapter {name!r}; there are {', '.join(lora_names(trunk)) or 'none'}.")
+    for layer in _lora_layers(trunk):
+        if name is None:
+            if not layer.disable_adapters:
+                layer.enable_adapters(False)
+        elif layer.disable_adapters or layer.active_adapters != [name]:
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+            layer.set_adapter(name, inference_mode=True)
 
 
 @contextmanager
 def without_lora(module: nn.Module) -> Iterator[None]:
     """The model as it is without its adapters, to the bit."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = _lora_layers(module)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -111,7 +153,13 @@ def merge_lora(trunk: Any) -> None:
 
 
 def write_adapter(
-    folder: Path, trunk: Any, prefix: str, base: str, tensors: Mapping[str, Tensor] | None = None
+    folder: Path,
+    trunk: Any,
+    prefix: str,
+    base: str,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    name: str = NAME,
 ) -> None:
     """adapter_model.safetensors and adapter_config.json, as PEFT writes them; atomicity is the caller's.
 
@@ -120,22 +168,22 @@ def write_adapter(
         base: hub id or folder of the causal LM.
         tensors: by the names of `lora_parameters`, where the trunk holds but shards of them.
     """
-    state = {name: tensor.detach() for name, tensor in (tensors or lora_parameters(trunk)).items()}
+    state = {key: tensor.detach() for key, tensor in (tensors or lora_parameters(trunk, name)).items()}
     with atomic_file(folder / ADAPTER) as temporary:
-        whole = {f"base_model.model.{prefix}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        whole = {f"base_model.model.{prefix}.{key}": tensor.cpu().contiguous() for key, tensor in state.items()}
         safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
-    config = trunk.peft_config[NAME].to_dict()
+    config = trunk.peft_config[name].to_dict()
     config |= {
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "target_modules": sorted(f"{prefix}.{name}" for name in config["target_modules"]),
+        "target_modules": sorted(f"{prefix}.{target}" for target in config["target_modules"]),
     }
     atomic_write_json(folder / ADAPTER_CONFIG, json.loads(json.dumps(config, default=_plain)))
 
 
-def read_adapter(folder: Path, trunk: Any, prefix: str) -> None:
-    """Put a saved adapter into a trunk; one without adapters gets them as adapter_config.json says.
+def read_adapter(folder: Path, trunk: Any, prefix: str, *, name: str = NAME) -> None:
+    """Put a saved adapter into a trunk; one without that adapter gets it as adapter_config.json says.
 
     Raises:
         AddOnError: the files are missing, no LoRA of this kind, or do not fit; a line per tensor.
@@ -154,17 +202,17 @@ def read_adapter(folder: Path, trunk: Any, prefix: str) -> None:
         raise AddOnError(
             f"{folder / ADAPTER_CONFIG} describes no LoRA that this package writes ({problem})."
         ) from problem
-    if not has_lora(trunk):
-        add_lora(trunk, **settings)  # type: ignore[arg-type]
+    if name not in lora_names(trunk):
+        add_lora(trunk, **settings, name=name)  # type: ignore[arg-type]
     try:
         found = safetensors.torch.load_file(folder / ADAPTER)
     except (safetensors.SafetensorError, OSError, ValueError) as problem:
         raise AddOnError(f"{folder / ADAPTER} can't be read ({problem}).") from problem
     start = f"base_model.model.{prefix}."
-    tensors = {name.removeprefix(start): tensor for name, tensor in found.items()}
-    parameters = lora_parameters(trunk)
+    tensors = {key.removeprefix(start): tensor for key, tensor in found.items()}
+    parameters = lora_parameters(trunk, name)
     lines = _differences(tensors, parameters)
-    scale, here = settings["alpha"] / settings["rank"], _scale(trunk)
+    scale, here = settings["alpha"] / settings["rank"], _scale(trunk, name)
     if scale != here:
         lines.append(
             f"alpha ÷ rank is {scale:g} in {ADAPTER_CONFIG}, and {here:g} here: the same weights would do another thing"
@@ -172,12 +220,31 @@ def read_adapter(folder: Path, trunk: Any, prefix: str) -> None:
     if lines:
         raise AddOnError(f"{folder / ADAPTER} does not fit the model:\n  " + "\n  ".join(lines[:20]))
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
 
 
-def _scale(trunk: Any) -> float:
-    config = trunk.peft_config[NAME]
+def _linear_layers(trunk: nn.Module) -> list[str]:
+    """Names of the trunk's own linear layers; those that have an adapter already stand for what is inside them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = {name for name, module in trunk.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in wrapped)
+    return [
+        name
+        for name, module in trunk.named_modules()
+        if name in wrapped or (isinstance(module, nn.Linear) and not name.startswith(inside))
+    ]
+
+
+def _lora_layers(module: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _scale(trunk: Any, name: str) -> float:
+    config = trunk.peft_config[name]
     return float(config.lora_alpha / config.r)
 
 
@@ -194,14 +261,20 @@ def _differences(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Para
 
 
 def _is_lora(name: str) -> bool:
-    return ".lora_" in name
+    return _adapter_of(name) is not None
+
+
+def _adapter_of(name: str) -> str | None:
+    """Which adapter a parameter belongs to, by its name; None: to the base."""
+    found = _LORA.search(name)
+    return found[2] if found else None
 
 
 def _file_name(name: str) -> str:
     """`….lora_A.default.weight` → `….lora_A.weight`; a DoRA magnitude has no `.weight` in files."""
     if ".lora_magnitude_vector." in name:
-        return name.split(f".{NAME}", 1)[0]
-    return name.replace(f".{NAME}.", ".")
+        return _LORA.split(name, maxsplit=1)[0] + ".lora_magnitude_vector"
+    return _LORA.sub(r".\1", name, count=1)
 
 
 def _plain(value: Any) -> Any:
