@@ -153,13 +153,13 @@ def _turns(tree: Mapping[str, Any], origin: str, has_image: bool) -> list[Turn]:
     # As LLaVA does: an answer before the first question, and a question after the last answer, are left out.
     while turns and turns[0].role == "assistant":
         turns.pop(0)
+    if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(turns)):
+        raise RecordError(f"{origin}: turns must alternate between user and assistant.", "bad_conversation")
     if turns and turns[-1].role == "user":
         turns.pop()
     if not turns:
         raise RecordError(f"{origin} has no answer to learn from.", "no_labels")
     for index, turn in enumerate(turns):
-        if turn.role != ("user", "assistant")[index % 2]:
-            raise RecordError(f"{origin}: turns must alternate between user and assistant.", "bad_conversation")
         if turn.role == "assistant" and not turn.text.strip():
             raise RecordError(f"{origin}: answer {index // 2 + 1} is empty.", "no_labels")
     return turns

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen3_vlm.data import json_files
@@ -140,6 +140,8 @@ TURNS = st.lists(st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt"]
 
 @settings(deadline=None)
 @given(st.dictionaries(KEYS, JSON | TURNS, max_size=5) | JSON)
+@example({"conversations": [{"from": "human", "value": "?"}, {"from": "human", "value": "??"}]})
+@example({"conversations": [{"from": role, "value": "x"} for role in ("human", "gpt", "human", "human")]})
 def test_any_json_is_a_record_or_a_record_error(tree: Any) -> None:
     try:
         record = parse_record(tree, "here")

@@ -630,6 +630,7 @@ def test_signals_end_a_run_with_a_sentence(number: signal.Signals, uti_file: Pat
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell ignores it
     )
     deadline = time.monotonic() + 200
     while not list(out.glob("shards/*.report.json")):
