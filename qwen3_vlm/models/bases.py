@@ -43,6 +43,21 @@ def load_bases(
         ModelError: a base can't be found, is of the wrong kind, or lacks tensors.
     """
     text_model = load_strictly(AutoModelForCausalLM, llm, dtype, attn_implementation, trust_remote_code)
+    options: Any = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    return add_tower(text_model, llm, vision_tower, dtype=dtype, **options, **connector)
+
+
+def add_tower(
+    text_model: Any,
+    llm: str | Path,
+    vision_tower: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    **connector: Any,
+) -> tuple[Qwen3VLMForConditionalGeneration, Qwen3VLMProcessor]:
+    """The rest of `load_bases` around a language model that was loaded from `llm`; it is not copied."""
     tower = load_tower(vision_tower, dtype=dtype, attn_implementation=attn_implementation)
     try:
         processor = Qwen3VLMProcessor.from_bases(

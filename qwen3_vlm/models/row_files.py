@@ -54,6 +54,7 @@ __all__ = [
     "check_layout",
     "describe_base",
     "find_rows",
+    "grow_rows",
     "has_rows",
     "load_rows",
     "load_token_lm",
@@ -249,11 +250,14 @@ def read_rows(directory: str | Path, info: Mapping[str, Any]) -> dict[str, Tenso
     return tensors
 
 
-def load_rows(directory: str | Path, model: TokenLM, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def load_rows(
+    directory: str | Path, model: TokenLM, base: Mapping[str, Any] | None = None, *, with_adapter: bool = True
+) -> dict[str, Any]:
     """Put saved rows into `model`, strictly, and return their trainable_rows.json.
 
     Args:
         base: `describe_base` of the base in `model`; None compares token space and sizes alone.
+        with_adapter: false leaves an adapter that the folder has where it is.
 
     Raises:
         AddOnError: the rows are missing, of another shape or dtype, or not finite.
@@ -276,7 +280,7 @@ def load_rows(directory: str | Path, model: TokenLM, base: Mapping[str, Any] | N
     with torch.no_grad():
         for name, parameter in model.row_parameters().items():
             parameter.copy_(tensors[name])
-    if ADAPTER in info["files"]:
+    if with_adapter and ADAPTER in info["files"]:
         read_adapter(Path(directory), model.language_model, model.trunk_prefix)
     return info
 
@@ -306,13 +310,29 @@ def load_token_lm(
     where = require_base_files(folder, info, llm, trust_remote_code=trust_remote_code)
     base_dtype = named_dtype(dtype or info["base_dtype"])
     text_model = load_strictly(AutoModelForCausalLM, where, base_dtype, attn_implementation, trust_remote_code)
-    model = TokenLM.grow(text_model, TokenSpace.load(folder), init="normal")
-    found = fingerprint_base(where, model, trust_remote_code)  # a base of pickled weights is first known here
-    refuse_differences(folder, differences(info["base_fingerprint"], found, "LLM"))
-    load_rows(folder, model)
+    model = grow_rows(folder, where, text_model, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def grow_rows(
+    folder: Path, llm: Path, text_model: Any, *, with_adapter: bool = True, trust_remote_code: bool = False
+) -> TokenLM:
+    """Trained rows behind a language model that was loaded from `llm`, in place; it is not copied.
+
+    Args:
+        folder: from `find_rows`; its info and layout were checked.
+        with_adapter: see `load_rows`.
+
+    Raises:
+        AddOnError, BaseMismatchError, TamperedFileError, ModelError: see `load_token_lm`.
+    """
+    model = TokenLM.grow(text_model, TokenSpace.load(folder), init="normal")
+    found = fingerprint_base(llm, model, trust_remote_code)  # a base of pickled weights is first known here
+    refuse_differences(folder, differences(read_rows_info(folder)["base_fingerprint"], found, "LLM"))
+    load_rows(folder, model, with_adapter=with_adapter)
     return model
 
 

@@ -11,12 +11,12 @@ misshapen or non-finite tensor are each refused with a line per finding. Nothing
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from qwen3_vlm.errors import AddOnError
 from qwen3_vlm.models.add_on_files import (
@@ -29,7 +29,7 @@ from qwen3_vlm.models.add_on_files import (
     require_new_folder,
     tensor_findings,
 )
-from qwen3_vlm.models.bases import load_bases
+from qwen3_vlm.models.bases import add_tower, load_strictly
 from qwen3_vlm.models.configuration import CONNECTOR_FIELDS
 from qwen3_vlm.models.lora import (
     ADAPTER,
@@ -120,12 +120,17 @@ def adapter_prefix(model: Qwen3VLMForConditionalGeneration) -> str:
 
 
 def load_connector(
-    directory: str | Path, model: Qwen3VLMForConditionalGeneration, bases: Mapping[str, Any] | None = None
+    directory: str | Path,
+    model: Qwen3VLMForConditionalGeneration,
+    bases: Mapping[str, Any] | None = None,
+    *,
+    with_adapter: bool = True,
 ) -> dict[str, Any]:
     """Put a saved connector into `model`, strictly, and return its connector.json.
 
     Args:
         bases: `describe_bases` of the bases in `model`; None compares sizes alone.
+        with_adapter: false leaves an adapter that the directory has where it is.
 
     Raises:
         AddOnError: tensors are missing, unexpected, of another shape or dtype, or not finite.
@@ -148,11 +153,20 @@ def load_connector(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    if ADAPTER in info["files"]:
-        for name in ADAPTER_FILES:
-            check_bytes(Path(directory) / name, info["files"].get(name, {}))
+    if with_adapter and ADAPTER in info["files"]:
+        check_adapter(directory, info)
         read_adapter(Path(directory), model.model.language_model, adapter_prefix(model))
     return info
+
+
+def check_adapter(directory: str | Path, info: Mapping[str, Any]) -> None:
+    """Compare the files of a connector's adapter with their checksums in connector.json.
+
+    Raises:
+        AddOnError, TamperedFileError: see `check_bytes`.
+    """
+    for name in ADAPTER_FILES:
+        check_bytes(Path(directory) / name, info["files"].get(name, {}))
 
 
 def load_vlm(
@@ -175,31 +189,82 @@ def load_vlm(
         AddOnError, BaseMismatchError, TamperedFileError: see `load_connector`.
         ModelError: a base can't be loaded.
     """
+    opened = open_connector(directory, llm, vision_tower, trust_remote_code=trust_remote_code)
+    base_dtype = named_dtype(dtype or opened.info.get("dtype") or "bfloat16")
+    text_model = load_strictly(AutoModelForCausalLM, opened.llm, base_dtype, attn_implementation, trust_remote_code)
+    options: Any = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    model, processor = connect(opened, text_model, dtype=base_dtype, **options)
+    model.eval().requires_grad_(False)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, processor
+
+
+class OpenedConnector(NamedTuple):
+    """A connector directory whose files were checked, and where its two bases lie."""
+
+    folder: Path
+    info: dict[str, Any]
+    llm: Path
+    vision_tower: Path
+
+
+def open_connector(
+    directory: str | Path,
+    llm: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> OpenedConnector:
+    """Check a connector directory (or hub id) and its bases' files; no weights of a base are loaded.
+
+    Raises:
+        AddOnError, BaseMismatchError, TamperedFileError, ModelError: see `load_vlm`.
+    """
     folder = find_connector(directory)
     info = read_info(folder)
     check_template(folder, info)
     check_bytes(folder / TENSORS, info["files"][TENSORS])
     check_shapes(folder, info)
-    sources = {"llm": llm or info["llm"]["id"], "vision_tower": vision_tower or info["vision_tower"]["id"]}
-    for name, source in sources.items():
-        sources[name] = base_folder(source, name, folder)
+    sources = {
+        name: base_folder(source or info[name]["id"], name, folder)
+        for name, source in (("llm", llm), ("vision_tower", vision_tower))
+    }
     refuse_differences(folder, file_differences(info, sources, trust_remote_code))
-    model, processor = load_bases(
-        sources["llm"],
-        sources["vision_tower"],
-        dtype=named_dtype(dtype or info.get("dtype") or "bfloat16"),
+    return OpenedConnector(folder, info, **sources)
+
+
+def connect(
+    opened: OpenedConnector,
+    text_model: Any,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    with_adapter: bool = True,
+) -> tuple[Qwen3VLMForConditionalGeneration, Qwen3VLMProcessor]:
+    """Tower and trained connector around a language model that was loaded from `opened.llm`, which is not copied.
+
+    Args:
+        dtype: of the tower.
+        with_adapter: see `load_connector`.
+
+    Raises:
+        AddOnError, BaseMismatchError, TamperedFileError, ModelError: see `load_vlm`.
+    """
+    folder, info, llm, vision_tower = opened
+    model, processor = add_tower(
+        text_model,
+        llm,
+        vision_tower,
+        dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         **{name: info["connector"][name] for name in CONNECTOR_FIELDS if name in info["connector"]},
     )
     processor.chat_template = str(info["chat_template"]["text"])
-    bases = describe_bases(
-        sources["llm"], sources["vision_tower"], processor, model=model, trust_remote_code=trust_remote_code
-    )
-    load_connector(folder, model, bases)
-    model.eval().requires_grad_(False)
-    if device is not None:
-        model.to(torch.device(device))  # type: ignore[arg-type]
+    bases = describe_bases(llm, vision_tower, processor, model=model, trust_remote_code=trust_remote_code)
+    load_connector(folder, model, bases, with_adapter=with_adapter)
     return model, processor
 
 

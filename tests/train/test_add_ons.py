@@ -213,7 +213,9 @@ def test_sizes_are_looked_at_before_a_base_is_loaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: str
 ) -> None:
     edit(directory, lambda info: info["connector"].update({name: value}))
-    monkeypatch.setattr("qwen3_vlm.train.add_ons.load_bases", lambda *args, **kwargs: pytest.fail("bases were loaded"))
+    monkeypatch.setattr(
+        "qwen3_vlm.train.add_ons.load_strictly", lambda *args, **kwargs: pytest.fail("bases were loaded")
+    )
     for read in (load_vlm, verify_connector):
         with pytest.raises(AddOnError, match=words):
             read(directory)
