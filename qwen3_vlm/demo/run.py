@@ -7,6 +7,7 @@ It calls what a real run calls: `data` reads its files, `train(config)` trains a
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,14 +130,14 @@ def read_test_set(path: Path) -> TestSet:
     return TestSet(prompt, pictures, tuple(turn[1]["value"] for turn in turns))
 
 
-def caption_tests(data: Path, connector: Path) -> dict[str, Scores]:
-    """Caption every held-out set with a trained connector and compare with the truth."""
+def caption_tests(data: Path, connector: Path, names: Iterable[str] = tuple(TESTS)) -> dict[str, Scores]:
+    """Caption held-out sets with a trained connector and compare with the truth."""
     from qwen3_vlm.evaluate.captioning import caption_images
     from qwen3_vlm.train.add_ons import load_vlm
 
     model, processor = load_vlm(connector)
     scores = {}
-    for name in TESTS:
+    for name in names:
         test = read_test_set(data / f"heldout_{name}.json")
         pictures = (Image.open(path).convert("RGB") for path in test.pictures)
         said = caption_images(model, processor, pictures, prompt=test.prompt, max_new_tokens=32, batch_size=50)

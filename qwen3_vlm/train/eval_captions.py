@@ -1,12 +1,12 @@
 """What a connector answers to held-out questions about pictures, with the pictures and without.
 
-Every answer of a conversation is asked for, after the true answers before it. Without its picture the model gets
-the same text: what it then still gets right can be guessed, and is no sight.
+Every answer of a conversation is asked for, after the true answers before it or after the model's own. Without its
+pictures the model gets the same text: what it then still gets right can be guessed, and is no sight.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,51 +81,83 @@ def answer_table(
     return table
 
 
-def answer(model: Any, processor: Any, records: Sequence[Record], config: RunConfig) -> tuple[list[Answer], int]:
-    """All answers of these conversations, greedily, and how many conversations have a picture that can't be read."""
+@dataclass(frozen=True, slots=True)
+class _Talk:
+    """A held-out conversation with its pictures open."""
+
+    record: Record
+    pictures: list[Image.Image]
+
+    @property
+    def answers(self) -> int:
+        return len(self.record.turns) // 2
+
+
+def answer(
+    model: Any, processor: Any, records: Sequence[Record], config: RunConfig, *, own_answers: bool = False
+) -> tuple[list[Answer], int]:
+    """All answers of these conversations, greedily, and how many conversations have a picture that can't be read.
+
+    Args:
+        own_answers: what the model itself answered before stands in the conversation, as when one talks with it;
+            else the true answers do.
+    """
     answers: list[Answer] = []
     unreadable = 0
-    options: dict[str, Any] = {
-        "max_new_tokens": config.eval.golden_max_new_tokens,
-        "batch_size": config.eval.batch_size,
-    }
     for start in range(0, len(records), _CHUNK):
-        asked: list[Answer] = []
-        seeing: list[Request] = []
-        blind: list[Request] = []
+        talks: list[_Talk] = []
         for record in records[start : start + _CHUNK]:
             try:
-                found = list(_questions(record, processor.image_token, config.data.max_image_pixels))
+                talks.append(_Talk(record, _pictures(record, config.data.max_image_pixels)))
             except ImageError:
                 unreadable += 1
-                continue
-            for item, request in found:
-                asked.append(item)
-                seeing.append(request)
-                blind.append(_without_pictures(request, processor.image_token))
-        said = generate_answers(model, processor, seeing, **options)
-        guessed = generate_answers(model, processor, blind, **options)
-        answers += [
-            replace(item, prediction=text, blind=guess) for item, text, guess in zip(asked, said, guessed, strict=True)
-        ]
+        said = _hold(model, processor, talks, config, sees=True, own=own_answers)
+        guessed = _hold(model, processor, talks, config, sees=False, own=own_answers)
+        for talk, texts, guesses in zip(talks, said, guessed, strict=True):
+            turns = talk.record.turns
+            answers += [
+                Answer(talk.record.id, number, turns[2 * number].text, turns[2 * number + 1].text, text, guess)
+                for number, (text, guess) in enumerate(zip(texts, guesses, strict=True))
+            ]
     return answers, unreadable
 
 
-def _questions(record: Record, image_token: str, max_pixels: int) -> Iterator[tuple[Answer, Request]]:
-    """Each answer of a conversation, and the request that asks for it.
+def _hold(
+    model: Any, processor: Any, talks: Sequence[_Talk], config: RunConfig, *, sees: bool, own: bool
+) -> list[list[str]]:
+    """The answers of each conversation: all first ones, then all second ones …"""
+    said: list[list[str]] = [[] for _ in talks]
+    for number in range(max((talk.answers for talk in talks), default=0)):
+        waiting = [index for index, talk in enumerate(talks) if number < talk.answers]
+        requests = [_request(talks[index], number, said[index] if own else None, processor) for index in waiting]
+        if not sees:
+            requests = [_without_pictures(request, processor.image_token) for request in requests]
+        texts = generate_answers(
+            model,
+            processor,
+            requests,
+            max_new_tokens=config.eval.golden_max_new_tokens,
+            batch_size=config.eval.batch_size,
+        )
+        for index, text in zip(waiting, texts, strict=True):
+            said[index].append(text)
+    return said
 
-    Raises:
-        ImageError: a picture can't be read.
-    """
-    pictures = [load_image(ref.read_bytes(), max_pixels=max_pixels, name=ref.name) for ref in record.images]
-    messages: list[dict[str, str]] = []
-    shown = 0
-    for number, turn in enumerate(record.turns):
-        if turn.role == "assistant":
-            wanted = Answer(record.id, number // 2, record.turns[number - 1].text, turn.text)
-            yield wanted, Request(list(messages), pictures[:shown])
-        shown += turn.text.count(IMAGE_MARK)
-        messages.append({"role": turn.role, "content": turn.text.replace(IMAGE_MARK, image_token)})
+
+def _pictures(record: Record, max_pixels: int) -> list[Image.Image]:
+    """Raises: ImageError: one can't be read."""
+    return [load_image(ref.read_bytes(), max_pixels=max_pixels, name=ref.name) for ref in record.images]
+
+
+def _request(talk: _Talk, number: int, said: Sequence[str] | None, processor: Any) -> Request:
+    """What asks for answer `number`; before it stand the answers `said`, or the true ones."""
+    turns = talk.record.turns[: 2 * number + 1]
+    texts = [turn.text.replace(IMAGE_MARK, processor.image_token) for turn in turns]
+    if said is not None:
+        texts[1::2] = said[:number]
+    messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
+    shown = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    return Request(messages, talk.pictures[:shown])
 
 
 def _without_pictures(request: Request, image_token: str) -> Request:

@@ -1,0 +1,276 @@
+"""Conversations of several turns about two pictures, in LLaVA's format, from pictures with true captions.
+
+    DIR/train.json      about pictures of the training set
+    DIR/heldout.json    about two pictures each of which shows a pair of objects that training never shows together
+
+What is asked and answered follows from the captions alone, so it is right where they are. Before a pair of pictures
+is chosen it is decided what will be asked, and what the answer is to be: each answer of a form is then as frequent as
+the others, and guessing from the question gets no further than one of them. The pictures stay where they are;
+their paths are relative to the data set's folder (`data.image_root`).
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen3_vlm.demo.facts import read_facts
+from qwen3_vlm.demo.questions import COUNTS
+from qwen3_vlm.demo.world import BACKGROUND_WORDS, NAMES, SIZE_WORDS
+from qwen3_vlm.errors import DataError
+from qwen3_vlm.storage import atomic_directory
+
+Kind = Literal["colour", "count", "object", "which"]
+KINDS: tuple[Kind, ...] = ("colour", "count", "object", "which")
+POSITIONS = ("first", "second")
+TURNS = 3
+NONE = "none"
+_IMAGE = "<image>"
+_FOLLOW_UPS = 0.3  # share of the conversations in which a question is put again, about the other picture
+_SHOWN_LATER = 0.5  # of the conversations that begin with a question about the first picture: the second comes later
+_PLANS, _TRIES = 30, 300  # sets of questions that are tried, and pictures for each of them
+
+
+@dataclass(frozen=True)
+class TalkSizes:
+    """How many conversations."""
+
+    train: int = 12_000
+    heldout: int = 400
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture's path in the data set, and what its caption says of it."""
+
+    path: str
+    objects: tuple[tuple[str, str], ...]  # (name, size or ""), in the caption's order
+    background: str
+    relation: str  # of the first object to the second: "left of", "above" or ""
+
+    @classmethod
+    def of(cls, path: str, caption: str) -> "Picture":
+        """Raises: DataError: the caption is none of the demo's."""
+        facts = read_facts(caption)
+        objects = tuple((name, size) for count, size, name in facts.mentions for _ in range(count))
+        if not objects or facts.background is None:
+            raise DataError(f"{path}: {caption!r} is no caption of the demo's world.")
+        alone = len(facts.mentions) == 1
+        return cls(path, objects, facts.background, "" if alone else facts.places[0])
+
+    def shows(self, name: str) -> bool:
+        """Whether one of the objects is a `name`."""
+        return any(name == other for other, _ in self.objects)
+
+    def count(self, size: str | None) -> int:
+        """How many objects there are, of that size or at all."""
+        return sum(size in (None, other) for _, other in self.objects)
+
+
+Pair = tuple[Picture, Picture]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its true answer."""
+
+    kind: Kind
+    question: str
+    answer: str
+    about: int | None  # which picture alone it is about: 0, 1; None: both
+
+
+@dataclass(frozen=True)
+class Form:
+    """A question that is going to be asked: `ask` gives it with its answer, or None where the pair does not fit."""
+
+    about: int | None
+    ask: Callable[[Pair, random.Random], Asked | None]
+
+
+def colour(about: int, again: bool = False) -> Form:
+    """`what colour is the background of the first picture`."""
+    place = f"of the {POSITIONS[about]} picture"
+    question = f"and {place}" if again else f"what colour is the background {place}"
+    return Form(about, lambda pair, rng: Asked("colour", question, pair[about].background, about))
+
+
+def count(about: int, size: str | None, answer: str, again: bool = False) -> Form:
+    """`how many small objects are in the second picture`, where that is the answer."""
+    place = f"in the {POSITIONS[about]} picture"
+    question = f"and {place}" if again else f"how many {f'{size} ' if size else ''}objects are {place}"
+
+    def ask(pair: Pair, rng: random.Random) -> Asked | None:
+        picture = pair[about]
+        sized = all(known for _, known in picture.objects)  # a plain drawing is neither small nor big
+        true = COUNTS.get(picture.count(size), NONE)
+        return Asked("count", question, answer, about) if true == answer and (sized or size is None) else None
+
+    return Form(about, ask)
+
+
+def neighbour(about: int) -> Form:
+    """`what is left of the cow in the first picture`."""
+
+    def ask(pair: Pair, rng: random.Random) -> Asked | None:
+        picture = pair[about]
+        if not picture.relation:
+            return None
+        (name, size), (other, _) = picture.objects[:2]
+        question = f"what is {picture.relation} the {other} in the {POSITIONS[about]} picture"
+        return Asked("object", question, f"a {size} {name}", about)
+
+    return Form(about, ask)
+
+
+def which_shows(answer: str) -> Form:
+    """`which picture shows a cow`, where that is the answer."""
+
+    def ask(pair: Pair, rng: random.Random) -> Asked | None:
+        names = [name for name in NAMES if _which(*(picture.shows(name) for picture in pair)) == answer]
+        return Asked("which", f"which picture shows a {rng.choice(names)}", answer, None) if names else None
+
+    return Form(None, ask)
+
+
+def which_background(answer: str) -> Form:
+    """`which picture has a green background`, where that is the answer."""
+
+    def ask(pair: Pair, rng: random.Random) -> Asked | None:
+        words = [w for w in BACKGROUND_WORDS if _which(*(picture.background == w for picture in pair)) == answer]
+        return Asked("which", f"which picture has a {rng.choice(words)} background", answer, None) if words else None
+
+    return Form(None, ask)
+
+
+def which_has_more(answer: str) -> Form:
+    """`which picture has more objects`, where that is the answer; `neither` where they have as many."""
+
+    def ask(pair: Pair, rng: random.Random) -> Asked | None:
+        first, second = (picture.count(None) for picture in pair)
+        true = _which(first > second, second > first)
+        return Asked("which", "which picture has more objects", answer, None) if true == answer else None
+
+    return Form(None, ask)
+
+
+def _which(first: bool, second: bool) -> str:
+    return {(True, False): "first", (False, True): "second", (True, True): "both"}.get((first, second), "neither")
+
+
+class Talks:
+    """An endless, repeatable stream of conversations about pairs of these pictures."""
+
+    def __init__(self, pictures: Sequence[Picture], seed: str) -> None:
+        self.pictures, self.rng = pictures, random.Random(seed)
+        sizes = {picture.count(None) for picture in pictures}
+        self.totals = tuple(word for number, word in COUNTS.items() if number in sizes)
+
+    def next(self) -> tuple[Pair, tuple[Asked, ...]]:
+        """Two different pictures, and `TURNS` questions about them with their answers.
+
+        Raises:
+            DataError: no pair of the pictures fits any of the questions that came up.
+        """
+        for _ in range(_PLANS):
+            forms = self._forms()
+            for _ in range(_TRIES):
+                first, second = self._fitting(forms, 0), self._fitting(forms, 1)
+                if first is None or second is None:
+                    break  # "one object" and "what is left of …" can't be asked of the same picture
+                pair = first, second
+                asked = [form.ask(pair, self.rng) for form in forms]
+                if first != second and all(asked):
+                    return pair, tuple(filter(None, asked))
+        raise DataError(f"No two of {len(self.pictures)} pictures fit a conversation. Give more of them.")
+
+    def _fitting(self, forms: Sequence[Form], about: int) -> Picture | None:
+        """A picture that can be asked all that is about it alone."""
+        asked = [form for form in forms if form.about == about]
+        for _ in range(_TRIES):
+            picture = self.rng.choice(self.pictures)
+            if all(form.ask((picture, picture), self.rng) for form in asked):
+                return picture
+        return None
+
+    def _forms(self) -> list[Form]:
+        kinds = self.rng.sample(KINDS, TURNS)
+        forms: list[Form] = []
+        again: Form | None = None
+        for kind in kinds:
+            form, other = self._form(kind)
+            forms.append(again or form)
+            again = other if not again and other and self.rng.random() < _FOLLOW_UPS else None
+        return forms
+
+    def _form(self, kind: Kind) -> tuple[Form, Form | None]:
+        """What to ask, and the same about the other picture as a follow-up, where there is one."""
+        rng, about = self.rng, self.rng.randrange(2)
+        if kind == "colour":
+            return colour(about), colour(1 - about, again=True)
+        if kind == "count":
+            size = rng.choice(
+                (None, *SIZE_WORDS, *SIZE_WORDS)
+            )  # of held-out pictures only two answers are left to None
+            answers = self.totals if size is None else (NONE, *COUNTS.values())
+            return count(about, size, rng.choice(answers)), count(1 - about, size, rng.choice(answers), again=True)
+        if kind == "object":
+            return neighbour(about), None
+        make = rng.choice((which_shows, which_shows, which_background, which_has_more))
+        answers = (*POSITIONS, "neither") if make is which_has_more else (*POSITIONS, "neither", "both")
+        return make(rng.choice(answers)), None
+
+
+def llava_conversation(identity: str, pair: Pair, asked: Sequence[Asked], later: bool) -> dict[str, Any]:
+    """One conversation in LLaVA's format; with `later` the second picture comes with the second question."""
+    shown = [f"{position} picture\n{_IMAGE}\n" for position in POSITIONS]
+    before = [shown[0], shown[1]] if later else ["".join(shown)]
+    turns = []
+    for number, item in enumerate(asked):
+        opening = before[number] if number < len(before) else ""
+        turns.append({"from": "human", "value": opening + item.question})
+        turns.append({"from": "gpt", "value": item.answer})
+    kinds = [item.kind for item in asked]
+    return {"id": identity, "image": [picture.path for picture in pair], "conversations": turns, "kinds": kinds}
+
+
+def read_pictures(path: Path) -> list[Picture]:
+    """The pictures of one of the demo's caption files.
+
+    Raises:
+        DataError: a caption is none of the demo's.
+    """
+    records = json.loads(path.read_text(encoding="utf-8"))
+    return [Picture.of(record["image"], record["conversations"][1]["value"]) for record in records]
+
+
+def write_conversations(data: Path, folder: Path, sizes: TalkSizes | None = None, seed: int = 0) -> Path:
+    """Conversations about the pictures of a demo data set, whole or not at all; what is there already is kept.
+
+    Args:
+        data: folder of the data set (see `dataset.build`).
+
+    Raises:
+        DataError: a caption is none of the demo's, or there are too few pictures.
+        StorageError: the disk is full or the folder can't be written.
+    """
+    captions = (data / "stamp.json").read_text(encoding="utf-8")
+    sizes = sizes or TalkSizes()
+    stamp = json.dumps({"seed": seed, **vars(sizes), "data": captions}, sort_keys=True)
+    if (folder / "stamp.json").is_file() and (folder / "stamp.json").read_text(encoding="utf-8") == stamp:
+        return folder
+    with atomic_directory(folder) as temporary:
+        for part, source, number in (("train", "train", sizes.train), ("heldout", "heldout_unseen", sizes.heldout)):
+            talks = Talks(read_pictures(data / f"{source}.json"), f"{part}-{seed}")
+            records = [_record(f"talk-{part}-{index:06d}", talks) for index in range(number)]
+            (temporary / f"{part}.json").write_text(json.dumps(records, indent=0), encoding="utf-8")
+        (temporary / "stamp.json").write_text(stamp, encoding="utf-8")
+    return folder
+
+
+def _record(identity: str, talks: Talks) -> dict[str, Any]:
+    pair, asked = talks.next()
+    later = asked[0].about == 0 and talks.rng.random() < _SHOWN_LATER
+    return llava_conversation(identity, pair, asked, later)
