@@ -176,30 +176,48 @@ def run(
         rows += [unconditional_prompt(space, task) for task, _ in prompts]
     firsts = {sequence_format(task).target for task, _ in prompts}
     config = max((grammar.generation_config(first, **settings) for first in firsts), key=lambda c: c.max_new_tokens)
+    output = run_rows(model, rows, grammar, sampler, config, streamer=streamer, stopping_criteria=stopping)
+    return output[: len(prompts)]
+
+
+def run_rows(
+    model: TokenLM, rows: Sequence[Ids], grammar: Grammar, sampler: Sampler, config: Any, **inputs: Any
+) -> Tensor:
+    """`run` for prompts as they stand, a start token at the end of each; `inputs` are more for the model's `generate`.
+
+    Raises:
+        ModelError: prompt and longest answer are more than the model can read.
+    """
     input_ids, attention_mask = pad_left(rows, grammar.pad_id)
     _check_length(model, input_ids.shape[1], config.max_new_tokens)
     library: Any = model
     with evaluation_mode(model):
-        output = library.generate(
+        output: Tensor = library.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             grammar=grammar,
             logits_processor=LogitsProcessorList([sampler]),
             generation_config=config,
-            streamer=streamer,
-            stopping_criteria=stopping,
+            **inputs,
         )
-    return output[: len(prompts), input_ids.shape[1] :]
+    return output[:, input_ids.shape[1] :]
 
 
 def fitting_grammar(model: TokenLM, prompts: Sequence[tuple[str, Mapping[str, npt.NDArray[Any]]]]) -> Grammar:
     """The default grammar, with answers no longer than the model can read after the longest of these prompts."""
+    return grammar_after(
+        model, max((len(prompt_ids(model.token_space, task, ids)) for task, ids in prompts), default=0)
+    )
+
+
+def grammar_after(model: TokenLM, prompt_length: int) -> Grammar:
+    """The default grammar, with answers no longer than the model can read after so many ids."""
     space = model.token_space
     positions = getattr(model.config, "max_position_embeddings", None)
     default = Grammar(space)
     if positions is None:
         return default
-    room = positions - max((len(prompt_ids(space, task, ids)) for task, ids in prompts), default=0) - 1
+    room = positions - prompt_length - 1
     codebooks = space.audio.num_codebooks if space.audio else 1
     longest = {"max_text": default.text_lengths[1], "max_frames": default.frames[1]}
     fitting = {"max_text": room, "max_frames": room // codebooks}

@@ -25,7 +25,7 @@ from qwen3_vlm.config import require
 from qwen3_vlm.errors import ModelError
 from qwen3_vlm.generate.grammar import Grammar, Position, Slot, by_slot, log_probabilities
 
-__all__ = ["Choice", "Sampler", "Sampling"]
+__all__ = ["Choice", "Sampler", "Sampling", "WordSampler"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,28 @@ class Sampler(LogitsProcessor):
             return prompted
         empty = log_probabilities(scores[count:], slot, rows, self.grammar)
         return (empty + self.sampling.guidance * (prompted - empty)).nan_to_num(nan=-torch.inf).log_softmax(dim=-1)
+
+
+class WordSampler(LogitsProcessor):
+    """The same for words of a plain language model: one choice, and ids of its tokenizer alone.
+
+    Args:
+        num_ids: of the tokenizer; rows of the model beyond are never taken.
+        seeds: one per row.
+    """
+
+    def __init__(self, choice: Choice, num_ids: int, seeds: Sequence[int]) -> None:
+        self.choice = choice
+        self.slot = Slot("text", ((0, num_ids),))
+        self.keys = [_key(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """(B, T) ids, (B, V) scores → (B, V)."""
+        log_probs = self.slot.cut(scores).float().log_softmax(dim=-1)
+        position = Position(self.slot, 0, input_ids.shape[1])
+        noise = torch.from_numpy(np.stack([gumbel_noise(key, position) for key in self.keys]))
+        chosen = _choose(log_probs, self.choice, noise.to(scores.device))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 def gumbel_noise(key: int, position: Position) -> npt.NDArray[np.float64]:

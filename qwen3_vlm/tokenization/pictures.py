@@ -39,7 +39,7 @@ def fit_picture(image: Image.Image | Pixels, resolution: tuple[int, int], config
     Raises:
         TokenError: it is no RGB-like picture.
     """
-    picture = _rgb(image)
+    picture = as_rgb(image)
     height, width = resolution
     resampling = RESAMPLING[config.interpolation]
     original = (picture.height, picture.width)
@@ -64,7 +64,12 @@ def _centre_box(width: int, height: int, new_width: int, new_height: int) -> tup
     return (left, top, width - left, height - top)
 
 
-def _rgb(image: Any) -> Image.Image:
+def as_rgb(image: Any) -> Image.Image:
+    """A PIL image of any mode or pixels (H, W, 3) as an RGB image; what is transparent becomes white.
+
+    Raises:
+        TokenError: it is no picture.
+    """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise TokenError(

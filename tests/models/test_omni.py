@@ -1,27 +1,53 @@
 """One base for both tracks: the base's own bits in text mode, each single model's answers, one copy in memory."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from qwen3_vlm.errors import (
+    AddOnError,
+    BaseMismatchError,
+    ConfigError,
+    ModelError,
+    Qwen3VLMError,
+    TamperedFileError,
+    TokenSpaceError,
+)
 from qwen3_vlm.evaluate.captioning import caption_images
 from qwen3_vlm.evaluate.text_identity import compare_text, measure_text
-from qwen3_vlm.generate.generation import generate
+from qwen3_vlm.generate.generation import generate_segments
+from qwen3_vlm.generate.grammar import Grammar
+from qwen3_vlm.generate.streaming import stream_ids
+from qwen3_vlm.models.bases import load_tower
+from qwen3_vlm.models.lora import write_adapter
 from qwen3_vlm.models.omni import OmniModel
+from qwen3_vlm.models.row_files import read_rows, read_rows_info
 from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.tokenization.text import LosslessText
+from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.train.add_ons import load_vlm
 from qwen3_vlm.train.omni_files import load_omni
-from tests.models.tiny_omni import picture, save_connector_of, save_rows_of, sound
-from tests.tiny import SENTENCES, save_tiny_llm, save_tiny_tower
-from tests.tokenization.plain_codecs import plain_uti
+from tests.models.grown import SIZES
+from tests.models.tiny_omni import give_adapter, picture, save_connector_of, save_rows_of, sound
+from tests.tiny import SENTENCES, save_tiny_llm, tiny_tokenizer
+from tests.tokenization.plain_codecs import BlockColours, plain_uti
 
 UTI = plain_uti()
 PICTURES = [picture(number) for number in range(3)]
 BASES = [(tied, dtype) for tied in (True, False) for dtype in (torch.float32, torch.bfloat16)]
+
+
+class Coarse(BlockColours):
+    """Another image tokenizer."""
+
+    weights_sha256 = "c0a7" * 16
 
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -29,17 +55,11 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_tower(tmp_path_factory.mktemp("tower"))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, tower: Path) -> dict[str, Path]:
-    """A base, and a connector and rows with an adapter each."""
+def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path, tiny_tower_dir: Path) -> dict[str, Path]:
+    """A connector and rows of one base, with an adapter each."""
     home = tmp_path_factory.mktemp("omni")
-    llm = save_tiny_llm(home / "llm")
-    connector = save_connector_of(home / "connector", llm, tower)
-    return {"llm": llm, "connector": connector, "rows": save_rows_of(home / "rows", llm, UTI)}
+    connector = save_connector_of(home / "connector", tiny_llm_dir, tiny_tower_dir)
+    return {"connector": connector, "rows": save_rows_of(home / "rows", tiny_llm_dir, UTI)}
 
 
 @pytest.fixture(scope="module")
@@ -47,48 +67,217 @@ def omni(folders: dict[str, Path]) -> OmniModel:
     return load_omni(folders["connector"], folders["rows"], uti=UTI)
 
 
+@pytest.fixture(scope="module")
+def seer(folders: dict[str, Path]) -> tuple[Any, Any]:
+    """The connector and its adapter alone."""
+    return load_vlm(folders["connector"])
+
+
+@pytest.fixture(scope="module")
+def speaker(folders: dict[str, Path]) -> TokenLM:
+    """The rows and their adapter alone."""
+    return TokenLM.from_add_on(folders["rows"])
+
+
+def drawn(model: Any, target: Any, sources: Any, seed: int = 5) -> list[list[int]]:
+    grammar = Grammar(UTI.token_space, max_frames=3, max_text=5)
+    answers = generate_segments(model, UTI, target, sources, seed=seed, grammar=grammar)
+    return [[int(value) for value in segments[0].ids] for segments in answers]
+
+
 @pytest.mark.parametrize(("tied", "dtype"), BASES)
-def test_text_is_the_bases_to_the_bit(tower: Path, tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+def test_text_is_the_bases_to_the_bit(tiny_tower_dir: Path, tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
     llm = save_tiny_llm(tmp_path / "llm", tied=tied)
-    connector = save_connector_of(tmp_path / "connector", llm, tower, dtype=dtype)
+    connector = save_connector_of(tmp_path / "connector", llm, tiny_tower_dir, dtype=dtype)
     rows = save_rows_of(tmp_path / "rows", llm, UTI, dtype=dtype)
-    base = load_base(llm, dtype)
-    omni = load_omni(connector, rows, uti=UTI)
+    base, omni = load_base(llm, dtype), load_omni(connector, rows, uti=UTI)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+
+    def read(model: Any) -> Any:
+        return measure_text(model, tokenizer, SENTENCES[:2], new_tokens=3)
+
+    before = read(base)
     assert omni.adapters == ["connector", "rows"]
-    tokenizer = omni.processor.tokenizer.from_pretrained(llm)
-    before = measure_text(base, tokenizer, SENTENCES)
-    assert not compare_text(before, measure_text(omni.vlm, tokenizer, SENTENCES)).passed  # its adapter is on
-    assert not compare_text(before, measure_text(omni.token_lm, tokenizer, SENTENCES)).passed
-    assert compare_text(before, measure_text(omni.text, tokenizer, SENTENCES)).passed
-    assert compare_text(before, measure_text(omni.speaking(None), tokenizer, SENTENCES)).passed
+    assert [compare_text(before, read(model)).logits for model in (omni.vlm, omni.token_lm)] == [(0, 1), (0, 1)]
+    assert compare_text(before, read(omni.text)).passed
+    assert compare_text(before, read(omni.speaking(None))).passed
     ids = torch.tensor([tokenizer.encode(SENTENCES[0])])
-    answers = [
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, pad_token_id=0)
-        for model in (base, omni.text)
-    ]
+    settings: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    answers = [model.generate(ids, attention_mask=torch.ones_like(ids), **settings) for model in (base, omni.text)]
     assert torch.equal(*answers)
 
 
-def test_captions_are_the_vlms(folders: dict[str, Path], omni: OmniModel) -> None:
-    model, processor = load_vlm(folders["connector"])
+def test_captions_are_the_vlms(seer: tuple[Any, Any], omni: OmniModel) -> None:
+    model, processor = seer
     assert caption_images(omni.vlm, omni.processor, PICTURES) == caption_images(model, processor, PICTURES)
     ids = torch.tensor([processor.encode_prompt([{"role": "user", "content": "<image_patch>\nwhat"}])])
     pixels = processor.pixel_values(PICTURES[:1])
     assert torch.equal(omni.vlm(ids, **pixels).logits, model(ids, **pixels).logits)
+    assert not torch.equal(omni.text(ids, **pixels).logits, model(ids, **pixels).logits)
 
 
-def test_what_is_drawn_and_said_is_the_token_lms(folders: dict[str, Path], omni: OmniModel) -> None:
-    from qwen3_vlm.generate.generation import generate_segments
-    from qwen3_vlm.generate.grammar import Grammar
+def test_what_is_drawn_and_said_is_the_token_lms(speaker: TokenLM, omni: OmniModel) -> None:
+    text, image, audio = {"text": "a red heart"}, {"image": PICTURES[0]}, {"audio": sound()}
+    for target, sources in (("image", [text, audio]), ("audio", [text, image]), ("text", [image, audio])):
+        assert drawn(omni.token_lm, target, sources) == drawn(speaker, target, sources)
+    assert drawn(omni.speaking(None), "image", [text]) != drawn(speaker, "image", [text])
 
-    alone = TokenLM.from_add_on(folders["rows"])
-    sources = [{"text": "a red heart"}, {"image": PICTURES[0]}, {"audio": sound()}]
-    grammar = Grammar(UTI.token_space, max_frames=3, max_text=5)
-    for target, given in (("image", sources[::2]), ("audio", sources[:2]), ("text", sources[1:])):
-        found = [
-            generate_segments(model, UTI, target, given, seed=5, grammar=grammar)  # type: ignore[arg-type]
-            for model in (omni.token_lm, alone)
-        ]
-        assert [[s.ids.tolist() for s in answer] for answer in found[0]] == [
-            [s.ids.tolist() for s in answer] for answer in found[1]
-        ]
+
+def test_pictures_reach_the_rows_through_the_connector(omni: OmniModel) -> None:
+    """In text mode the speaking view, given a picture, has the scores of the seeing one; greedy ids follow."""
+    ids = torch.tensor([omni.processor.encode_prompt([{"role": "user", "content": "<image_patch>\nwhat"}])])
+    pixels = omni.processor.pixel_values(PICTURES[:1])
+    used = omni.token_space.text.tokenizer_size
+    seen = omni.seeing("rows")(ids, **pixels).logits[..., :used]
+    view = omni.speaking("rows")
+    assert torch.equal(view(ids, **pixels, score_range=(0, used)).logits[..., :used], seen)
+    blind = view(ids, score_range=(0, used)).logits[..., :used]  # without pictures an id is an id
+    assert not torch.equal(blind, seen)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"attention_mask": torch.ones_like(ids), "suppress_tokens": list(range(used, view.config.vocab_size))}
+    steps = [view.generate(ids, use_cache=cached, **pixels, **settings) for cached in (True, False)]
+    assert torch.equal(*steps)
+
+
+def test_requests_take_turns_in_threads(seer: tuple[Any, Any], speaker: TokenLM, omni: OmniModel) -> None:
+    """Every pass has its own adapter, whoever else is in the middle of an answer."""
+    plain = load_base(Path(seer[0].config.text_config._name_or_path))
+    ids = torch.arange(12)[None]
+    expected = {
+        "caption": caption_images(*seer, PICTURES, max_new_tokens=6),
+        "draw": drawn(speaker, "image", [{"text": "a"}] * 2),
+        "text": plain(ids).logits.tolist(),
+    }
+    found: dict[str, list[Any]] = {name: [] for name in expected}
+    work = {
+        "caption": lambda: caption_images(omni.vlm, omni.processor, PICTURES, max_new_tokens=6),
+        "draw": lambda: drawn(omni.token_lm, "image", [{"text": "a"}] * 2),
+        "text": lambda: omni.text(ids).logits.tolist(),
+    }
+    threads = [
+        threading.Thread(target=lambda name=name: found[name].extend(work[name]() for _ in range(3))) for name in work
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {name: [value] * 3 for name, value in expected.items()}
+
+
+def test_streams_have_their_adapter_too(speaker: TokenLM, omni: OmniModel) -> None:
+    prompt = ("t2a", {"text": np.arange(4)})
+    grammar = Grammar(UTI.token_space, max_frames=3)
+    streams = [stream_ids(model, prompt, grammar=grammar) for model in (omni.token_lm, speaker)]
+    caption_images(omni.vlm, omni.processor, PICTURES[:1], max_new_tokens=2)
+    assert list(streams[0]) == list(streams[1])
+
+
+def test_further_adapters(folders: dict[str, Path], tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> None:
+    """One beside another add-on, and one in PEFT's own format: each gives what it gives alone."""
+    other = load_base(tiny_llm_dir)
+    give_adapter(other.base_model, rank=1, seed=21)
+    write_adapter(tmp_path, other.base_model, "model", str(tiny_llm_dir))
+    adapters = {"peft": tmp_path, "again": folders["rows"]}
+    omni = load_omni(folders["connector"], folders["rows"], adapters=adapters, uti=UTI)
+    assert omni.adapters == ["connector", "rows", "peft", "again"]
+    ids = torch.arange(12)[None]
+    for _ in range(2):
+        assert torch.equal(omni.seeing("peft")(ids).logits, other(ids).logits)
+        assert torch.equal(omni.seeing("again")(ids).logits, omni.seeing("rows")(ids).logits)
+        assert not torch.equal(omni.vlm(ids).logits, other(ids).logits)
+    with pytest.raises(ModelError, match=r"no adapter 'nothing'; there are connector, rows, peft, again\."):
+        omni.speaking("nothing")
+
+
+def test_add_ons_without_adapters(folders: dict[str, Path], tiny_llm_dir: Path, tmp_path: Path) -> None:
+    rows = save_rows_of(tmp_path / "rows", tiny_llm_dir, UTI, adapter=False)
+    omni = load_omni(folders["connector"], rows, uti=UTI)
+    assert (omni.adapters, omni.sees_with, omni.speaks_with) == (["connector"], "connector", None)
+    assert drawn(omni.token_lm, "image", [{"text": "a"}]) == drawn(TokenLM.from_add_on(rows), "image", [{"text": "a"}])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_base_in_memory(tiny_tower_dir: Path, tmp_path: Path, tied: bool) -> None:
+    """All tensors together are as large as the base, the tower and the add-ons' files; views add nothing."""
+    llm = save_tiny_llm(tmp_path / "llm", tied=tied)
+    connector = save_connector_of(tmp_path / "connector", llm, tiny_tower_dir)
+    rows = save_rows_of(tmp_path / "rows", llm, UTI)
+    omni = load_omni(connector, rows, uti=UTI)
+    views = [omni.vlm, omni.token_lm, omni.text, omni.speaking(None)]
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for v in views for p in v.parameters()}
+    files = {
+        "connector": load_file(connector / "connector.safetensors").values(),
+        "adapter connector": load_file(connector / "adapter_model.safetensors").values(),
+        "adapter rows": load_file(rows / "adapter_model.safetensors").values(),
+        "rows": read_rows(rows, read_rows_info(rows)).values(),
+        "llm": load_base(llm).parameters(),
+        "vision_tower": load_tower(tiny_tower_dir, dtype=torch.float32).parameters(),
+    }
+    expected = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in files.items()}
+    assert omni.sizes() == expected
+    assert sum(storages.values()) == sum(expected.values())
+    assert not any(parameter.requires_grad for view in views for parameter in view.parameters())
+    base: Any = omni.token_lm.language_model.get_input_embeddings()
+    assert (base.base.weight.data_ptr() == omni.vlm.lm_head.weight.data_ptr()) is tied
+
+
+def test_a_base_without_a_spare_row(tiny_tower_dir: Path, tmp_path: Path) -> None:
+    """`<image_patch>` then has the number of the first new row; pictures and ids are told apart all the same."""
+    llm = tmp_path / "llm"
+    size = len(tiny_tokenizer())
+    Qwen3ForCausalLM(Qwen3Config(**SIZES | {"vocab_size": size}, head_dim=8)).save_pretrained(llm)
+    tiny_tokenizer().save_pretrained(llm)
+    uti = plain_uti()
+    uti = UnifiedTokenizer(
+        uti.config, LosslessText(tiny_tokenizer(), size, "tiny"), uti.image_tokenizer, uti.audio_codec
+    )
+    connector = save_connector_of(tmp_path / "connector", llm, tiny_tower_dir)
+    rows = save_rows_of(tmp_path / "rows", llm, uti)
+    omni = load_omni(connector, rows, uti=uti)
+    assert omni.processor.image_token_id == uti.token_space.special("<|text_start|>") == size
+    captions = caption_images(omni.vlm, omni.processor, PICTURES[:1])
+    assert captions == caption_images(*load_vlm(connector), PICTURES[:1])
+    given = {"sources": [{"text": "a"}], "target": "image"}
+    answers = [generate_segments(m, uti, **given)[0][0] for m in (omni.token_lm, TokenLM.from_add_on(rows))]
+    assert answers[0].ids.tolist() == answers[1].ids.tolist()
+
+
+class TestRefused:
+    """Each with a sentence that says what does not belong together."""
+
+    def test_another_base(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        other = save_tiny_llm(tmp_path / "other", seed=4)
+        rows = save_rows_of(tmp_path / "rows", other, UTI)
+        with pytest.raises(BaseMismatchError, match=r"(?s)connector.*made for another base:\n  LLM"):
+            load_omni(folders["connector"], rows, uti=UTI)
+        with pytest.raises(BaseMismatchError, match="made for another base"):
+            load_omni(folders["connector"], folders["rows"], llm=other, uti=UTI)
+        with pytest.raises(BaseMismatchError, match="made for another base"):
+            load_omni(folders["connector"], folders["rows"], adapters={"other": rows}, uti=UTI)
+
+    def test_another_token_space(self, folders: dict[str, Path]) -> None:
+        with pytest.raises(TokenSpaceError, match="another token space"):
+            load_omni(folders["connector"], folders["rows"], uti=plain_uti(clipping="refuse", image=Coarse()))
+
+    def test_other_dtypes(self, folders: dict[str, Path], tiny_llm_dir: Path, tmp_path: Path) -> None:
+        rows = save_rows_of(tmp_path / "rows", tiny_llm_dir, UTI, dtype=torch.bfloat16)
+        with pytest.raises(ConfigError, match="a base in float32, the rows on one in bfloat16"):
+            load_omni(folders["connector"], rows, uti=UTI)
+        assert load_omni(folders["connector"], rows, uti=UTI, dtype="float32").text.dtype == torch.float32
+
+    def test_adapters(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        for name, message in (("rows", "can't be called 'rows'"), ("a.b", "'a.b' is no name of an adapter")):
+            with pytest.raises(Qwen3VLMError, match=message):
+                load_omni(folders["connector"], folders["rows"], adapters={name: folders["rows"]}, uti=UTI)
+        with pytest.raises(AddOnError, match="has no adapter"):
+            load_omni(folders["connector"], folders["rows"], adapters={"x": tmp_path}, uti=UTI)
+        changed = Path(shutil.copytree(folders["connector"], tmp_path / "changed"))
+        data = bytearray((changed / "adapter_model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (changed / "adapter_model.safetensors").write_bytes(data)
+        with pytest.raises(TamperedFileError, match="adapter_model"):
+            load_omni(changed, folders["rows"], uti=UTI)
+
+    def test_two_bases_in_memory(self, seer: tuple[Any, Any], speaker: TokenLM) -> None:
+        with pytest.raises(ModelError, match="two bases in memory"):
+            OmniModel(*seer[:1], speaker, seer[1], UTI)
