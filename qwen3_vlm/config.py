@@ -79,14 +79,27 @@ class LoraConfig:
     dropout: float = 0.05
     dora: bool = False  # a magnitude of its own for every row
     learning_rate: float | None = None  # of the adapter; None: optim.learning_rate
+    kl_weight: float = 0.0  # in the loss: KL(base ‖ adapted) per token of samples without pictures and sounds
     max_text_kl: float = 0.5  # gate: nats per token that the text suite may move from the base
     max_perplexity_ratio: float = 1.5  # gate: perplexity on the text suite ÷ that of the base
 
     def __post_init__(self) -> None:
         require_positive(self, "rank", "alpha", "max_text_kl", "max_perplexity_ratio")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "must lie in 0…1")
+        require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "must be 0 or more")
         rate = self.learning_rate
         require(rate is None or rate > 0, "learning_rate", rate, "must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """Text alone, mixed in where an adapter trains, so that text behaviour stays what it was."""
+
+    files: tuple[str, ...] = ()  # stage 2: conversations without pictures, in the formats of data.train
+    share: float = 0.1  # of all training samples; the files are gone through as often as that takes
+
+    def __post_init__(self) -> None:
+        require(0 < self.share < 1, "share", self.share, "must lie between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +252,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)
     tokens: TokenDataConfig = field(default_factory=TokenDataConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -253,9 +267,9 @@ class RunConfig:
 
 # Sections that a stage has no use for: set in vain, they would be a misunderstanding.
 UNREAD: dict[str, tuple[str, ...]] = {
-    "stage1_align": ("lora", "rows", "tokens"),
+    "stage1_align": ("lora", "text", "rows", "tokens"),
     "stage2_sft": ("rows", "tokens", "sweep"),
-    "stage3_rows": ("data", "lora", "sweep"),
+    "stage3_rows": ("data", "lora", "text", "sweep"),
     "stage4_mmpt": ("data", "sweep"),
 }
 

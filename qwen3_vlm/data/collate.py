@@ -53,8 +53,8 @@ class Batch:
     skipped: list[SkippedRecord] = field(default_factory=list)
     num_label_tokens: int = 0
     num_tokens: int = 0  # real ones, without padding
-
     num_media: int = 0  # pictures and sounds, as pixels or as ids
+    num_text_predictions: int = 0  # tokens of marked text-only samples that have one before them
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same with its tensors on `device`."""
@@ -69,6 +69,7 @@ class Collator:
         packing: several samples per row, kept apart by their positions; false: one per row and an attention mask.
         max_image_pixels: a larger picture is refused.
         features: tower outputs on disk that replace the pictures.
+        mark_text: put a `text_mask` beside the ids, 1 at the tokens of samples without pictures, where there are any.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class Collator:
         packing: bool,
         max_image_pixels: int,
         features: "FeatureCache | None" = None,
+        mark_text: bool = False,
     ) -> None:
         self.processor = processor
         self.packing = packing
         self.max_image_pixels = max_image_pixels
         self.features = features
+        self.mark_text = mark_text
         self.pad_token_id = int(getattr(processor.tokenizer, "pad_token_id", None) or 0)
 
     def load(self, index: int, sample: Sample) -> LoadedSample:
@@ -109,6 +112,9 @@ class Collator:
         spans = [span for number, row in enumerate(filled) for span in _spans(number, row)]
         flat = [loaded for row in filled for loaded in row]
         text = self._text_inputs(filled)
+        alone = [loaded.sample for loaded in flat if self.mark_text and not loaded.sample.images]
+        if alone:
+            text["text_mask"] = _text_mask(filled, text["input_ids"])
         return Batch(
             inputs=text | self._image_inputs(flat),
             sample_ids=tuple(loaded.sample.id for loaded in flat),
@@ -121,6 +127,7 @@ class Collator:
             num_label_tokens=int((text["labels"] != IGNORED).sum()),
             num_tokens=sum(len(loaded.sample.input_ids) for loaded in flat),
             num_media=sum(len(loaded.sample.images) for loaded in flat),
+            num_text_predictions=sum(len(sample.input_ids) - 1 for sample in alone),
         )
 
     def _text_inputs(self, rows: Sequence[Sequence[LoadedSample]]) -> dict[str, Tensor]:
@@ -147,6 +154,15 @@ class Collator:
             return {"patch_embeddings": torch.cat(features)}
         pictures = [picture for loaded in flat for picture in loaded.pictures or ()]
         return dict(self.processor.pixel_values(pictures)) if pictures else {}
+
+
+def _text_mask(rows: Sequence[Sequence[LoadedSample]], ids: Tensor) -> Tensor:
+    """(B, T), 1 at the tokens of samples without pictures."""
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        for (_, start, end), loaded in zip(_spans(number, row), row, strict=True):
+            mask[number, start:end] = int(not loaded.sample.images)
+    return mask
 
 
 def _spans(number: int, row: Sequence[LoadedSample]) -> list[tuple[int, int, int]]:

@@ -46,6 +46,23 @@ class Permutation:
         return left * right_size + right
 
 
+def draw(size: int, key: str, first: int, last: int) -> tuple[Numbers, Numbers]:
+    """Draws `first` to `last` (excluded) of an endless stream that goes through 0 … size − 1 again and again.
+
+    Each pass has an order of its own, so that all come once before any comes twice. Any part can be had by itself.
+
+    Returns:
+        the draws themselves (n,), pass by pass, and the places (n,) that they came to.
+    """
+    draws = np.arange(first, last)
+    passes, positions = np.divmod(draws, size)
+    places = np.empty_like(draws)
+    for number in np.unique(passes):
+        chosen = passes == number
+        places[chosen] = Permutation(size, f"{key}/pass {number}")(positions[chosen])
+    return draws, places
+
+
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014); wraps at 2⁶⁴."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwen3_vlm.data.shuffle import Permutation
+from qwen3_vlm.data.shuffle import draw
 from qwen3_vlm.errors import DataError
 
 Indices = npt.NDArray[np.int64]
@@ -99,11 +99,7 @@ class TaskMixture:
         """The samples of one step, task after task."""
         found = []
         for (name, task), first, last in zip(self.tasks.items(), *self._starts[number : number + 2], strict=True):
-            draws = np.arange(first, last)
-            turns, places = np.divmod(draws, len(task.indices))
-            for turn in np.unique(turns):
-                chosen = turns == turn
-                order = Permutation(len(task.indices), f"{self.seed}/{name}/pass {turn}")(places[chosen])
-                records = task.indices[order].tolist()
-                found += [TaskSample(name, *rest) for rest in zip(records, draws[chosen].tolist(), strict=True)]
+            draws, places = draw(len(task.indices), f"{self.seed}/{name}", first, last)
+            records = task.indices[places].tolist()
+            found += [TaskSample(name, *rest) for rest in zip(records, draws.tolist(), strict=True)]
         return found

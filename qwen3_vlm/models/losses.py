@@ -78,7 +78,7 @@ def chunked_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targ
 
     pieces = [
         checkpoint(losses, hidden[rows], target[rows], use_reentrant=False)
-        for rows in _chunks(hidden.shape[0], vocab_size)
+        for rows in position_chunks(hidden.shape[0], vocab_size)
     ]
     return torch.cat(pieces) if pieces else hidden.sum(dim=-1).float()
 
@@ -302,7 +302,7 @@ def _blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
 
 def _parts(hidden: Tensor, base: Tensor) -> list[slice]:
     """Positions that are scored against one block at one time."""
-    return _chunks(hidden.shape[0], _block_rows(base))
+    return position_chunks(hidden.shape[0], _block_rows(base))
 
 
 def _block_rows(matrix: Tensor) -> int:
@@ -335,6 +335,7 @@ def _exact(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _chunks(rows: int, vocab_size: int) -> list[slice]:
+def position_chunks(rows: int, vocab_size: int) -> list[slice]:
+    """Spans of positions whose fp32 scores take `CHUNK_BYTES` at most."""
     size = max(1, CHUNK_BYTES // (4 * vocab_size))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -62,17 +62,23 @@ def matmul(gradient: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
+def frozen_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(…, D) @ (V, D)ᵀ → (…, V) as the model's own layers multiply it; gradients reach `hidden` alone."""
+    product: Tensor = _FrozenProduct.apply(hidden, weight)
+    return product
+
+
 class WidenedLinear(nn.Linear):
     """An nn.Linear whose frozen 16-bit weight is multiplied in fp32; gradients reach its input alone."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight.requires_grad:
             return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-        product: Tensor = _WidenedProduct.apply(input, self.weight)
+        product = frozen_product(input, self.weight)
         return product if self.bias is None else product + self.bias
 
 
-class _WidenedProduct(torch.autograd.Function):
+class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         # Not save_for_backward: a layer recomputed by checkpointing stops once all *saved* tensors are back, and a

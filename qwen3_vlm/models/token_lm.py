@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, S supervised tokens, D width, V vocabulary, N new row
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         num_items_in_batch: Tensor | float | None = None,
+        added_loss: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> TokenLMOutput:
         """Next-token scores, and with `labels` the loss.
@@ -171,6 +173,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
             score_range: the global ids that can come next, the last excluded; all others score −∞ and are not computed.
             label_smoothing, z_loss: see `split_cross_entropy`.
             num_items_in_batch: what the summed loss is divided by; None: the number of graded tokens.
+            added_loss: last hidden states (B, T, D) → what is added to the loss.
         """
         if labels is not None:
             kwargs = {"use_cache": False, **kwargs}  # packed positions are only recognised without one
@@ -188,6 +191,8 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             graded = self._grade(hidden, labels, label_smoothing, z_loss)
             found = self._reduce(graded, task_ids, task_weights, num_items_in_batch)
+            if added_loss is not None:
+                found["loss"] = found["loss"] + added_loss(hidden)
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             found["logits"] = self._scores(hidden[:, kept, :], score_range)

@@ -8,6 +8,7 @@ It knows token ids and pictures' pixels; it does not know chat templates, data s
 Shapes: B batch, I images in the batch, P patches, N latents, T tokens, S supervised tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -300,6 +301,7 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        added_loss: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> Qwen3VLMCausalLMOutputWithPast:
         """Next-token logits, and with `labels` the loss.
@@ -315,6 +317,7 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
             labels: (B, T), -100 where nothing is graded; shifted here.
             logits_to_keep: compute logits for the last so many positions only (0: all).
             num_items_in_batch: what the summed loss is divided by; None: the number of graded tokens.
+            added_loss: last hidden states (B, T, D) → what is added to the loss.
 
         Raises:
             ValueError: placeholders and image embeddings do not agree in number; names the rows.
@@ -334,6 +337,8 @@ class Qwen3VLMForConditionalGeneration(Qwen3VLMPreTrainedModel, GenerationMixin)
         )
         hidden = outputs.last_hidden_state
         loss = None if labels is None else self._loss(hidden, labels, num_items_in_batch)
+        if loss is not None and added_loss is not None:
+            loss = loss + added_loss(hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self._logits(hidden[:, kept, :]) if labels is None or not self.training else None
         return Qwen3VLMCausalLMOutputWithPast(

@@ -43,6 +43,7 @@ _FREE = {
     "model": {"llm", "vision_tower", "connector", "attn_implementation", "gradient_checkpointing", "trust_remote_code"},
     "data": {"train", "eval", "image_root", "num_workers", "max_image_pixels", "max_bad_fraction", "feature_cache"},
     "lora": {"max_text_kl", "max_perplexity_ratio"},
+    "text": {"files"},
     "rows": {"add_on"},
     "tokens": {"folders", "allow_unaudited", "eval_split", "eval_max", "num_workers", "max_bad_fraction"},
     "optim": {"accumulation"},

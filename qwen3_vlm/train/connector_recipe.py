@@ -46,7 +46,7 @@ class ConnectorRecipe(Recipe):
             raise ConfigError(
                 "data.feature_cache needs whole weights on each process: leave it out with FSDP, or use DDP."
             )
-        check_data_paths(self.config.data)
+        check_data_paths(self.config.data, self.config.text)
 
     def build(self) -> Qwen3VLMForConditionalGeneration:
         """Both bases and a fresh connector."""
@@ -78,7 +78,8 @@ class ConnectorRecipe(Recipe):
 
     def plan(self, data: DataSource, *, ranks: int, rank: int) -> StepPlan:
         """Epochs over the records."""
-        return plan_steps(self.config, data.train.tokens(), data.train.indices, ranks=ranks, rank=rank)
+        more = partial(data.texts.epoch, samples=len(data.train)) if data.texts else None
+        return plan_steps(self.config, data.train.tokens(), data.train.indices, more=more, ranks=ranks, rank=rank)
 
     def check_model(self, model: Any) -> None:
         """Packed samples must not read one another."""

@@ -9,7 +9,9 @@ from typing import Any
 from qwen3_vlm.config import RunConfig
 from qwen3_vlm.errors import AddOnError
 from qwen3_vlm.evaluate.text_drift import DriftReport, measure_drift
+from qwen3_vlm.models.base_divergence import BaseDivergence
 from qwen3_vlm.models.lora import ADAPTER, add_lora, has_lora, lora_parameters
+from qwen3_vlm.train.text_anchor import TextAnchor
 
 
 def fresh_lora(config: RunConfig, trunk: Any) -> None:
@@ -22,6 +24,12 @@ def lora_group(config: RunConfig, trunk: Any) -> dict[str, Any]:
     """The adapter for the optimizer; it may have a learning rate of its own."""
     rate = config.lora.learning_rate or config.optim.learning_rate
     return {"params": list(lora_parameters(trunk).values()), "scale": rate / config.optim.learning_rate}
+
+
+def anchor_text(config: RunConfig, trunk: Any, head: Any, text_config: Any) -> TextAnchor | None:
+    """What holds text at the base; None where the config gives it no weight."""
+    weight = config.lora.kl_weight
+    return TextAnchor(BaseDivergence(trunk, head, text_config), weight) if weight else None
 
 
 def text_drift(config: RunConfig, model: Any, tokenizer: Any) -> DriftReport:

@@ -11,8 +11,9 @@ from torch import nn
 
 from qwen3_vlm.models.lora import lora_parameters, marked
 from qwen3_vlm.models.token_lm import TokenLM
-from qwen3_vlm.train.lora_stage import fresh_lora, lora_group, text_drift
+from qwen3_vlm.train.lora_stage import anchor_text, fresh_lora, lora_group, text_drift
 from qwen3_vlm.train.rows_recipe import RowsRecipe
+from qwen3_vlm.train.text_anchor import TextAnchor
 
 
 class PretrainingRecipe(RowsRecipe):
@@ -31,6 +32,10 @@ class PretrainingRecipe(RowsRecipe):
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
         """The rows' groups, and the adapter's."""
         return [*self.row_groups(model), lora_group(self.config, model.language_model)]
+
+    def text_anchor(self, model: Any) -> TextAnchor | None:
+        """On texts alone; scores of the base's own ids are compared."""
+        return anchor_text(self.config, model.language_model, model.lm_head, model.config)
 
     def text_report(self, model: Any) -> tuple[str, Any]:
         """The drift of text."""

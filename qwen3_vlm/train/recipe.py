@@ -8,7 +8,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.data.encode import SkippedRecord
 from qwen3_vlm.train.checkpoint import whole
 from qwen3_vlm.train.step_plan import RankStep
+
+if TYPE_CHECKING:
+    from qwen3_vlm.train.text_anchor import TextAnchor
 
 
 class RunData(Protocol):
@@ -136,6 +139,10 @@ class Recipe(ABC):
     def loss_options(self) -> dict[str, float]:
         """What the model's forward pass is told of the loss, beside the batch."""
         return {}
+
+    def text_anchor(self, model: Any) -> "TextAnchor | None":
+        """What holds text at the base in the loss, where the stage has that; `model` is without DDP's wrapper."""
+        return None
 
     def figures(self, model: Any) -> dict[str, float]:
         """More figures for a line of metrics.jsonl; collective under FSDP."""

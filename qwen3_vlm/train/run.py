@@ -36,6 +36,7 @@ from qwen3_vlm.train.evaluations import evidence
 from qwen3_vlm.train.recipe import Plan, Recipe, RunData, RunEvaluations
 from qwen3_vlm.train.run_log import RunLog
 from qwen3_vlm.train.stages import Stage
+from qwen3_vlm.train.text_anchor import TextAnchor
 
 LONGEST_WAIT = timedelta(hours=3)  # of the other ranks while one decodes or builds a cache
 
@@ -57,6 +58,7 @@ class Run:
     checkpoints: Checkpoints
     evaluations: RunEvaluations
     log: RunLog
+    anchor: TextAnchor | None = None  # what holds text at the base
     step: int = 0
     counters: dict[str, float] = field(default_factory=dict)  # of the whole run, and `window_…` since the last log line
     last_eval: dict[str, Any] = field(default_factory=dict)

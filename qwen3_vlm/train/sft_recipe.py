@@ -13,7 +13,8 @@ from torch import nn
 from qwen3_vlm.models.lora import lora_parameters, marked
 from qwen3_vlm.train.connector_recipe import ConnectorRecipe
 from qwen3_vlm.train.evaluations import Evaluations
-from qwen3_vlm.train.lora_stage import fresh_lora, lora_group, text_drift
+from qwen3_vlm.train.lora_stage import anchor_text, fresh_lora, lora_group, text_drift
+from qwen3_vlm.train.text_anchor import TextAnchor
 
 
 class InstructionRecipe(ConnectorRecipe):
@@ -35,6 +36,10 @@ class InstructionRecipe(ConnectorRecipe):
             {"params": list(super().parameters(model).values()), "scale": 1.0},
             lora_group(self.config, model.model.language_model),
         ]
+
+    def text_anchor(self, model: Any) -> TextAnchor | None:
+        """On conversations without pictures."""
+        return anchor_text(self.config, model.model.language_model, model.lm_head, model.config.text_config)
 
     def evaluations(self, model: Any, data: Any) -> Evaluations:
         """Stage 1's, and the drift of text."""

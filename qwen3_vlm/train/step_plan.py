@@ -75,20 +75,31 @@ class StepPlan:
 
 
 def plan_steps(
-    config: RunConfig, lengths: Sequence[int], indices: Sequence[int], *, ranks: int = 1, rank: int = 0
+    config: RunConfig,
+    lengths: Sequence[int],
+    indices: Sequence[int],
+    *,
+    more: Callable[[int], tuple[Sequence[int], Sequence[int]]] | None = None,
+    ranks: int = 1,
+    rank: int = 0,
 ) -> StepPlan:
-    """The plan of a run over the records `indices`, whose token counts are `lengths`."""
+    """The plan of a run over the records `indices`, whose token counts are `lengths`.
+
+    Args:
+        more: epoch → token counts and indices of further samples that are mixed in.
+    """
 
     def epoch_plan(epoch: int) -> Sequence[MicroBatch]:
         """The global list of micro-batches of one epoch."""
+        further = more(epoch) if more else ([], [])
         return plan_epoch(
-            lengths,
+            [*lengths, *further[0]],
             batch_size=config.optim.batch_size,
             max_seq_len=config.data.max_seq_len,
             packing=config.data.packing,
             seed=config.seed,
             epoch=epoch,
-            indices=indices,
+            indices=[*indices, *further[1]],
         )
 
     return StepPlan(

@@ -66,6 +66,7 @@ class StepTotals:
     tokens: int
     samples: int
     media: int  # pictures and sounds
+    texts: int  # tokens of text-only samples that are held at the base
     skipped: int
     stop: bool
 
@@ -124,6 +125,7 @@ def start_run(config: RunConfig, lock: FolderLock, cache_dir: Path | None = None
     run = Run(
         config, folder, accelerator, recipe, stage, bare, wrapped, optimizer, data, plan, checkpoints, evaluations, log
     )
+    run.anchor = recipe.text_anchor(bare)
     if saved:
         restore_optimizer(bare, optimizer, saved)
         adopt_state(run, saved)
@@ -166,7 +168,7 @@ def _train_step(run: Run, step: RankStep, batches: Sequence[Batch], stop: bool) 
         inputs = [batch.inputs for batch in batches if batch.inputs]
         if run.accelerator.num_processes > 1:
             inputs += [empty_micro_batch()] * (step.passes - len(inputs))
-        loss, tasks = _accumulate(run, inputs, totals.labels)
+        loss, tasks = _accumulate(run, inputs, totals.labels, totals.texts)
         norm = _update(run, rate, has_media=totals.media > 0)
     run.step += 1
     run.evaluated = False
@@ -182,30 +184,36 @@ def _agree(run: Run, batches: Sequence[Batch], stop: bool) -> StepTotals:
         sum(batch.num_tokens for batch in batches),
         sum(len(batch.sample_ids) for batch in batches),
         sum(batch.num_media for batch in batches),
+        sum(batch.num_text_predictions for batch in batches),
         sum(len(batch.skipped) for batch in batches),
         int(stop),
     ]
     summed: Any = run.accelerator.reduce(torch.tensor(counts, device=run.accelerator.device), reduction="sum")
-    labels, tokens, samples, media, skipped, stops = summed.tolist()
-    return StepTotals(labels, tokens, samples, media, skipped, stops > 0)
+    labels, tokens, samples, media, texts, skipped, stops = summed.tolist()
+    return StepTotals(labels, tokens, samples, media, texts, skipped, stops > 0)
 
 
-def _accumulate(run: Run, inputs: Sequence[dict[str, Tensor]], labels: int) -> tuple[float, TaskSums]:
+def _accumulate(run: Run, inputs: Sequence[dict[str, Tensor]], labels: int, texts: int = 0) -> tuple[float, TaskSums]:
     """Forward and backward of each micro-batch; the loss per supervised token of the step over all ranks, and by task.
 
     DDP and FSDP average gradients over ranks, hence labels ÷ ranks.
     """
     accelerator = run.accelerator
-    share = labels / accelerator.num_processes
+    share, share_of_texts = labels / accelerator.num_processes, texts / accelerator.num_processes
     total, tasks = torch.zeros((), device=accelerator.device), TaskSums(accelerator.device)
     for number, tensors in enumerate(inputs, start=1):
         on_device = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in tensors.items()}
-        last = number == len(inputs)
+        last, more = number == len(inputs), run.recipe.loss_options()
+        text_mask = on_device.pop("text_mask", None)
+        if run.anchor and texts and (text_mask is not None or accelerator.num_processes > 1):
+            more |= run.anchor.options(on_device, text_mask, share_of_texts)
         with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
-            outputs = run.wrapped(**on_device, **run.recipe.loss_options(), num_items_in_batch=share)
+            outputs = run.wrapped(**on_device, **more, num_items_in_batch=share)
             accelerator.backward(outputs.loss)
         total += outputs.loss.detach().float()
         tasks.add(outputs)
+    if run.anchor and texts:
+        tasks.add_text(run.anchor.take(accelerator.device), texts / accelerator.num_processes)
     mean: Any = accelerator.reduce(total, reduction="mean")
     return float(mean), tasks.over_ranks(accelerator)
 

@@ -65,7 +65,7 @@ def gradients(vlm: tuple[Any, Any], records: Path, rows: Sequence[Any], packing:
     micro_batches = batches(processor, records, rows, packing)
     labels = sum(batch.num_label_tokens for batch in micro_batches)
     recipe = SimpleNamespace(loss_options=dict)
-    run: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), wrapped=model, recipe=recipe)
+    run: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), wrapped=model, recipe=recipe, anchor=None)
     train_utils._accumulate(run, [batch.inputs for batch in micro_batches], labels)
     return {name: parameter.grad.clone() for name, parameter in model.connector_parameters().items()}
 

@@ -1,0 +1,148 @@
+"""Text that is mixed in, and the KL to the base in the loss: exact shares, any split, and less drift."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from qwen3_vlm.data.collate import Batch, Collator
+from qwen3_vlm.data.encode import SampleEncoder
+from qwen3_vlm.data.loader import BatchDataset
+from qwen3_vlm.errors import ConfigError, DataError
+from qwen3_vlm.models.lora import add_lora, lora_parameters
+from qwen3_vlm.train import train_utils
+from qwen3_vlm.train.data_source import DataSource, open_data
+from qwen3_vlm.train.lora_stage import anchor_text
+from qwen3_vlm.train.stages import apply_stage, get_stage
+from qwen3_vlm.train.step_plan import plan_steps
+from qwen3_vlm.train.train_utils import train
+from tests.train.tiny_run import metrics
+from tests.train.tiny_talks import Setting, write_texts
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tiny_llm_dir, tiny_tower_dir, tmp_path_factory.mktemp("mix"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def mixed(setting: Setting, processor: Any, texts: Path, folder: Path, **changes: Any) -> tuple[Any, DataSource]:
+    changes = {
+        "text__files": [str(texts)],
+        "text__share": 0.3,
+        "lora__kl_weight": 1.0,
+        "data__packing": True,
+        **changes,
+    }
+    config = setting.config(folder, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    return config, open_data(config, processor, folder)
+
+
+def test_each_epoch_has_the_share_and_each_text_comes_once_before_any_twice(
+    setting: Setting, tiny_vlm: Any, texts: Path, tmp_path: Path
+) -> None:
+    config, data = mixed(setting, tiny_vlm[1], texts, tmp_path, optim__max_steps=None, optim__epochs=3)
+    assert data.texts is not None
+    seen: list[Counter[str]] = []
+    plan = plan_steps(
+        config, data.train.tokens(), data.train.indices, more=lambda epoch: data.texts.epoch(epoch, len(data.train))
+    )
+    for steps in plan.epochs_from(0):
+        batches = data.train_batches([batch for step in steps for batch in step.micro_batches])
+        seen.append(Counter(name for batch in batches for name in batch.sample_ids))
+    pictures = [sum(count for name, count in epoch.items() if name.startswith("talk-")) for epoch in seen]
+    mine = [sum(count for name, count in epoch.items() if name.startswith("text-")) for epoch in seen]
+    assert pictures == [18] * 3
+    assert mine == [8] * 3
+    total = sum(seen, Counter())
+    assert {total[f"text-{number}"] for number in range(6)} == {4}  # 24 draws of 6
+    assert {total[name] for name in total if name.startswith("talk-")} == {3}
+    assert data.counts() == {"train_samples": 18, "eval_samples": 6, "text_samples": 6}
+
+
+def test_text_has_no_pictures_and_the_files_are_part_of_the_run(
+    setting: Setting, tiny_vlm: Any, texts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"16 of the records .* have pictures.*text.files is for text alone"):
+        mixed(setting, tiny_vlm[1], setting.talks, tmp_path / "a")
+    other = write_texts(tmp_path / "other", count=7)
+    prints = {mixed(setting, tiny_vlm[1], path, tmp_path / "a")[1].fingerprint for path in (texts, other)}
+    assert len(prints) == 2
+    with pytest.raises(ConfigError, match="does not read the section text"):
+        setting.config(tmp_path, stage="stage1_align", model__connector=None, text__share=0.5, lora__rank=16)
+
+
+def micro_batches(data: DataSource, processor: Any, rows: list[Any], packing: bool) -> list[Batch]:
+    """The records of `rows`; from 24 on they are texts."""
+    from qwen3_vlm.data.captions import Records
+
+    assert data.texts is not None
+    records = Records(data.train.records.files + data.texts.part.records.files)
+    collator = Collator(processor, packing=packing, max_image_pixels=10**6, mark_text=True)
+    dataset = BatchDataset(records, SampleEncoder(processor, 200), collator, rows)
+    return [dataset[number] for number in range(len(dataset))]
+
+
+SPLITS: list[tuple[list[Any], bool]] = [
+    ([((0,), (1,), (2,), (24,), (25,))], False),
+    ([((0,), (2,)), ((1,),), ((24,),), ((25,),)], False),
+    ([((0, 24, 1), (2, 25))], True),
+    ([((25, 0), (2, 1)), ((24,),)], True),
+]
+
+
+def test_the_gradient_does_not_depend_on_the_split(
+    setting: Setting, tiny_vlm: Any, texts: Path, tmp_path: Path
+) -> None:
+    model, processor = tiny_vlm
+    config, data = mixed(setting, processor, texts, tmp_path, lora__kl_weight=3.0)
+    trunk = model.model.language_model
+    add_lora(trunk, rank=4, alpha=8, seed=1)
+    for parameter in lora_parameters(trunk).values():
+        parameter.data += 0.1
+    apply_stage(model, get_stage("stage2_sft"))
+    anchor = anchor_text(config, trunk, model.lm_head, model.config.text_config)
+    found: list[tuple[dict[str, Tensor], float, float]] = []
+    for rows, packing in SPLITS:
+        model.zero_grad(set_to_none=True)
+        batches = micro_batches(data, processor, rows, packing)
+        labels, count = (
+            sum(getattr(batch, name) for batch in batches) for name in ("num_label_tokens", "num_text_predictions")
+        )
+        recipe = SimpleNamespace(loss_options=dict)
+        run: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), wrapped=model, recipe=recipe, anchor=anchor)
+        loss, sums = train_utils._accumulate(run, [batch.inputs for batch in batches], labels, count)
+        gradients = {name: parameter.grad.clone() for name, parameter in lora_parameters(trunk).items()}
+        found.append((gradients, loss, float(sums.text[0] / sums.text[1])))
+    for gradients, loss, kl in found[1:]:
+        assert loss == pytest.approx(found[0][1], rel=1e-5)
+        assert kl == pytest.approx(found[0][2], rel=1e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][0][name], rtol=1e-4, atol=2e-6)
+    assert found[0][2] > 0.01
+
+
+def test_it_holds_text_at_the_base(setting: Setting, texts: Path, tmp_path: Path) -> None:
+    """The same steps at a high rate, with and without the KL in the loss."""
+    changes: dict[str, Any] = {"text__files": [str(texts)], "text__share": 0.5, "optim__learning_rate": 1e-2}
+    changes |= {"eval__quick_every": 20, "save_every": 20, "eval__golden_samples": 1, "optim__accumulation": 2}
+    drift = {}
+    for weight in (0.0, 5.0):
+        folder = tmp_path / str(weight)
+        train(setting.config(folder, **changes, optim__max_steps=8, lora__kl_weight=weight))
+        evidence = json.loads((folder / "connector" / "evidence.json").read_text())
+        drift[weight] = evidence["text_drift"]["kl"]["value"]
+        lines = [line for line in metrics(folder) if line["kind"] == "train"]
+        assert [line.get("text_kl", -1.0) > 0 for line in lines] == [bool(weight)] * len(lines)
+    assert drift[5.0] < 0.6 * drift[0.0]
