@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from tests.train.processes import command, run_on_two_ranks, start, wait_for_steps
+from tests.train.processes import run_on_two_ranks, start, wait_for_steps
 from tests.train.tiny_run import final_bytes, metrics, tiny_config, write_config, write_records
 
 STEPS = 32
@@ -42,7 +42,7 @@ def test_killed_and_stopped_anywhere_ends_the_same(arguments: tuple[Path, Path, 
         wait_for_steps(process, run, chance.randint(4, 9))
         time.sleep(chance.random() * 0.05)
         os.killpg(process.pid, number)
-        output, _ = process.communicate(timeout=120)
+        output = process.end()
         assert process.returncode == (0 if number == signal.SIGTERM else -9), output
     assert "Stopped by a signal and saved at step" in output
     assert not (run / "connector").exists()
@@ -61,7 +61,7 @@ def test_two_ranks_are_one_process(arguments: tuple[Path, Path, Path], tmp_path:
     train(tiny_config(tmp_path / "one", *arguments, **settings))
     two = tiny_config(tmp_path / "two", *arguments, **settings, optim__accumulation=1)
     config = write_config(tmp_path / "two.yaml", two)
-    done = run_on_two_ranks(*command(config)[1:])
+    printed = run_on_two_ranks("qwen3_vlm", "train", config)
     first, second = (
         safetensors.torch.load_file(tmp_path / name / "connector" / "connector.safetensors") for name in ("one", "two")
     )
@@ -72,11 +72,11 @@ def test_two_ranks_are_one_process(arguments: tuple[Path, Path, Path], tmp_path:
         if "loss" in mine:
             assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert [mine.get(key) for key in ("tokens", "samples")] == [other.get(key) for key in ("tokens", "samples")]
-    assert done.stdout.count("The add-on is in") == 1
+    assert printed.count("The add-on is in") == 1
 
 
 @pytest.mark.slow
 def test_shards_are_audited_saved_and_resumed(tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> None:
     """FSDP2 over two gloo ranks, against the same model whole."""
-    done = run_on_two_ranks("-m", "tests.train.sharded_step", tiny_llm_dir, tiny_tower_dir, tmp_path)
-    assert done.stdout.count("sharded and whole agree") == 2
+    printed = run_on_two_ranks("tests.train.sharded_step", tiny_llm_dir, tiny_tower_dir, tmp_path)
+    assert printed.count("sharded and whole agree") == 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.processes import command, run_on_two_ranks, start, wait_for_steps
+from tests.train.processes import run_on_two_ranks, start, wait_for_steps
 from tests.train.tiny_run import metrics, write_config
 from tests.train.tiny_token_run import final_bytes, save_dataset, token_config
 
@@ -35,7 +35,7 @@ def test_killed_anywhere_ends_the_same(dataset: Path, tmp_path: Path) -> None:
         wait_for_steps(process, run, chance.randint(4, 9))
         time.sleep(chance.random() * 0.05)
         os.killpg(process.pid, number)
-        output, _ = process.communicate(timeout=120)
+        output = process.end()
         assert process.returncode == (0 if number == signal.SIGTERM else -9), output
     assert not (run / "rows").exists()
     train(token_config(run, dataset, **settings))
@@ -51,7 +51,7 @@ def test_two_ranks_are_one_process(dataset: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"optim__eps": 1e-3, "save_every": 5}
     train(token_config(tmp_path / "one", dataset, **settings, optim__accumulation=4))
     two = token_config(tmp_path / "two", dataset, **settings, optim__accumulation=2)
-    done = run_on_two_ranks(*command(write_config(tmp_path / "two.yaml", two))[1:])
+    printed = run_on_two_ranks("qwen3_vlm", "train", write_config(tmp_path / "two.yaml", two))
     first, second = (
         torch.load(tmp_path / name / "rows" / "trainable_rows.pt", weights_only=True) for name in ("one", "two")
     )
@@ -65,4 +65,4 @@ def test_two_ranks_are_one_process(dataset: Path, tmp_path: Path) -> None:
                 assert mine[key] == pytest.approx(other[key], abs=1e-5)
         counts = ("tokens", "samples", "tokens_i2t", "tokens_a2t", "tokens_t2i")
         assert [mine.get(key) for key in counts] == [other.get(key) for key in counts]
-    assert done.stdout.count("The add-on is in") == 1
+    assert printed.count("The add-on is in") == 1
