@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qwen3_vlm import __version__
+from qwen3_vlm.cli_chat import chat
 from qwen3_vlm.cli_data import data_app
 from qwen3_vlm.cli_eval import evaluate
 from qwen3_vlm.cli_generate import generate_app
@@ -40,6 +41,7 @@ app.add_typer(generate_app, name="generate")
 app.add_typer(uti_app, name="uti")
 app.command(name="eval")(evaluate)
 app.command()(plan)
+app.command()(chat)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/stage1_align.yaml.", show_default=False)]
 Overrides = Annotated[
