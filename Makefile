@@ -12,6 +12,9 @@ BIN     := $(VENV)/bin
 PACKAGE := qwen3_vlm
 LINTED  := $(PACKAGE) tests benchmarks scripts
 
+# Without cached bytecode each new process would compile torch's sources again, which takes ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test check format clean
