@@ -22,7 +22,9 @@ generate_app = typer.Typer(
     help="Pictures, sounds and words from a token model: only ids that decode can come out.", no_args_is_help=True
 )
 
-Text = Annotated[str, typer.Argument(help='What it shall be, such as "a red heart".', show_default=False)]
+Text = Annotated[str | None, typer.Argument(help='What it shall be, such as "a red heart".', show_default=False)]
+Picture = Annotated[Path | None, typer.Option(help="Picture to make it of.")]
+Sound = Annotated[Path | None, typer.Option(help="Sound to make it of.")]
 Checkpoint = Annotated[Path, typer.Option(help="Trainable-rows directory.", show_default=False)]
 Llm = Annotated[str | None, typer.Option(help="LLM to use instead of the one that the add-on names.")]
 Uti = Annotated[Path | None, typer.Option(help="uti.yaml to use instead of the add-on's, where tokenizers moved.")]
@@ -40,8 +42,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line."
 
 @generate_app.command()
 def image(
-    text: Text,
+    text: Text = None,
+    *,
     checkpoint: Checkpoint,
+    image: Picture = None,
+    audio: Sound = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .png and the like.")] = Path("image.png"),
     llm: Llm = None,
     uti: Uti = None,
@@ -56,22 +61,26 @@ def image(
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a picture of a text."""
+    """Draw a picture of a text, or of a sound or another picture."""
     from qwen3_vlm.generate.generation import generate
     from qwen3_vlm.generate.sampling import Sampling
 
     require_suffix(out, Kind.image)
+    source = _source(text=text, image=image, audio=audio)
     sampling = Sampling(image=_choices(temperature, top_k, top_p, 1)[0], guidance=guidance)
     model, tokenizer = open_model(checkpoint, llm, uti, device, trust_remote_code=trust_remote_code)
     options = {"sampling": sampling, "seed": seed, "batch_size": batch_size}
-    pictures = generate(model, tokenizer, "image", [{"text": text}] * count, **options)
+    pictures = generate(model, tokenizer, "image", [source] * count, **options)
     _write(pictures, Kind.image, out, seed, as_json)
 
 
 @generate_app.command()
 def audio(
-    text: Text,
+    text: Text = None,
+    *,
     checkpoint: Checkpoint,
+    image: Picture = None,
+    audio: Sound = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .wav.")] = Path("audio.wav"),
     llm: Llm = None,
     uti: Uti = None,
@@ -90,17 +99,18 @@ def audio(
     trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Speak, or whatever else the model has learnt to sound like, from a text."""
+    """Speak, or whatever else the model has learnt to sound like, from a text, a picture or another sound."""
     from qwen3_vlm.generate.generation import generate
     from qwen3_vlm.generate.sampling import Sampling
 
     require_suffix(out, Kind.audio)
+    source = _source(text=text, image=image, audio=audio)
     model, tokenizer = open_model(checkpoint, llm, uti, device, trust_remote_code=trust_remote_code)
     identity = tokenizer.token_space.audio
     choices = _choices(temperature, top_k, top_p, identity.num_codebooks if identity else 1)
     options: dict[str, Any] = {"sampling": Sampling(audio=tuple(choices), guidance=guidance), "seed": seed}
     options |= {"batch_size": batch_size, "grammar": _sound_grammar(tokenizer, min_seconds, max_seconds)}
-    sounds = generate(model, tokenizer, "audio", [{"text": text}] * count, **options)
+    sounds = generate(model, tokenizer, "audio", [source] * count, **options)
     _write(sounds, Kind.audio, out, seed, as_json)
 
 
@@ -127,10 +137,7 @@ def text(
     from qwen3_vlm.generate.grammar import Grammar
     from qwen3_vlm.generate.sampling import Sampling
 
-    source: dict[str, Any] = {} if image is None else {"image": read_picture(image, str(image))}
-    source |= {} if audio is None else {"audio": read_sound(audio, str(audio))}
-    if len(source) != 1:
-        raise ConfigError("Give --image or --audio, one of them.")
+    source = _source(image=image, audio=audio)
     sampling = Sampling(text=_choices(temperature, top_k, top_p, 1)[0])
     model, tokenizer = open_model(checkpoint, llm, uti, device, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"sampling": sampling, "seed": seed, "batch_size": batch_size}
@@ -158,6 +165,21 @@ def open_model(
     model = load_token_lm(folder, llm, device=where, trust_remote_code=trust_remote_code)
     model.token_space.require_same(tokenizer.token_space, f"What {uti or folder} loads")
     return model, tokenizer
+
+
+def _source(**given: Any) -> dict[str, Any]:
+    """The one source that was given; a file is read.
+
+    Raises:
+        ConfigError: none was given, or several.
+        DataError: a file can't be read.
+    """
+    found = {kind: value for kind, value in given.items() if value is not None}
+    if len(found) != 1:
+        raise ConfigError(f"Give {'a text, ' * ('text' in given)}--image or --audio, one of them.")
+    ((kind, value),) = found.items()
+    read: dict[str, Any] = {"text": lambda text, _: text, "image": read_picture, "audio": read_sound}
+    return {kind: read[kind](value, str(value))}
 
 
 def _choices(temperature: str, top_k: str, top_p: str, count: int) -> "list[Choice]":

@@ -1,10 +1,12 @@
 """`qwen3-vlm generate …` on a tiny add-on with tiny real codecs, and the commands of docs/generation.md."""
 
+import io
 import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,17 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from qwen3_vlm.cli_uti import read_picture, read_sound
 from qwen3_vlm.errors import ModelError
-from qwen3_vlm.models.row_files import describe_base, save_rows
+from qwen3_vlm.generate.generation import generate
+from qwen3_vlm.generate.grammar import Grammar
+from qwen3_vlm.models.row_files import describe_base, read_rows_info, save_rows
 from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.tokenization.audit_page import wav_bytes
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.tokenization.uti_config import TextConfig
 from tests.conftest import Run
+from tests.models.tiny_omni import give_adapter
 from tests.tiny import save_tiny_llm
 from tests.tokenization.tiny_models import save_tiny
 
@@ -83,6 +90,42 @@ def test_words(run: Run, addon: Path, tmp_path: Path) -> None:
     assert len({answer["text"] for answer in answers}) == 4
 
 
+def test_pictures_of_sounds_and_sounds_of_pictures(run: Run, addon: Path, tmp_path: Path) -> None:
+    """The files are what the functions make of the same sources."""
+    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(tmp_path / "p.png")
+    soundfile.write(tmp_path / "x.wav", np.sin(np.arange(80)), RATE)
+    sources = {"image": read_picture(tmp_path / "p.png", "p"), "audio": read_sound(tmp_path / "x.wav", "x")}
+    model, uti = TokenLM.from_add_on(addon), UnifiedTokenizer.open(addon)
+    files: dict[Any, list[bytes]] = {"image": [], "audio": []}
+    for target, out in (("image", tmp_path / "a.png"), ("audio", tmp_path / "a.wav")):
+        for kind, file in (("image", "p.png"), ("audio", "x.wav")):
+            command = ("generate", target, "--checkpoint", addon, f"--{kind}", tmp_path / file, "-o", out)
+            short = ("--max-seconds", 0.2) if target == "audio" else ()
+            assert run(*command, "--seed", 3, *short)[:2] == (0, f"{out}\n")
+            files[target].append(out.read_bytes())
+    assert len({*files["image"], *files["audio"]}) == 4
+    (drawn,) = generate(model, uti, "image", [{"audio": sources["audio"]}], seed=3)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(files["image"][1]))), np.asarray(drawn))
+    grammar = Grammar(uti.token_space, max_frames=int(0.2 * RATE / 8))
+    ((waveform, rate),) = generate(model, uti, "audio", [{"image": sources["image"]}], seed=3, grammar=grammar)
+    assert files["audio"][0] == wav_bytes(waveform, rate)
+
+
+def test_an_adapter_beside_the_rows_is_used(run: Run, addon: Path, tmp_path: Path) -> None:
+    """What a stage-4 folder draws is what the trained model in memory draws."""
+    model = TokenLM.from_add_on(addon)
+    out = tmp_path / "a.png"
+    assert run("generate", "image", "x", "--checkpoint", addon, "-o", out)[0] == 0
+    without = np.asarray(Image.open(out))
+    give_adapter(model.language_model, rank=2, seed=1)
+    base = describe_base(read_rows_info(addon)["base_llm"])
+    folder = save_rows(tmp_path / "addon", model, base, uti=addon)
+    assert run("generate", "image", "x", "--checkpoint", folder, "-o", out)[0] == 0
+    (expected,) = generate(model, UnifiedTokenizer.open(addon), "image", [{"text": "x"}])
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    assert not np.array_equal(without, np.asarray(expected))
+
+
 def test_tokenizers_that_moved(run: Run, addon: Path, tmp_path: Path) -> None:
     moved = save_tiny(tmp_path / "moved", "janus_vqvae")
     config = yaml.safe_load((addon / "uti.yaml").read_text())
@@ -117,7 +160,10 @@ def test_tokenizers_that_moved(run: Run, addon: Path, tmp_path: Path) -> None:
         (("image", "x", "--top-p", "0"), "top_p is 0.0"),
         (("audio", "x", "--top-k", "1,2"), "--top-k has 2 numbers; give one, or 3."),
         (("audio", "x", "--max-seconds", "0.001"), "max_frames"),
-        (("text",), "Give --image or --audio"),
+        (("text",), "Give --image or --audio, one"),
+        (("image",), "Give a text, --image or --audio, one"),
+        (("audio", "x", "--image", "a.png"), "Give a text, --image or --audio, one"),
+        (("image", "--audio", "nothing.wav"), "nothing.wav"),
     ],
 )
 def test_what_is_refused(run: Run, addon: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
