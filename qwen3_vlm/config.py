@@ -95,7 +95,8 @@ class LoraConfig:
 class TextConfig:
     """Text alone, mixed in where an adapter trains, so that text behaviour stays what it was."""
 
-    files: tuple[str, ...] = ()  # stage 2: conversations without pictures, in the formats of data.train
+    # stage 2: conversations without pictures, in the formats of data.train; stage 4: JSON or JSONL of {"text": …}
+    files: tuple[str, ...] = ()
     share: float = 0.1  # of all training samples; the files are gone through as often as that takes
 
     def __post_init__(self) -> None:
@@ -128,6 +129,7 @@ class TaskConfig:
     ramp_from: float = 0.0  # share of all steps before which the task does not come at all …
     ramp_until: float = 0.0  # … and at which it has its full weight
     source_dropout: float = 0.0  # share of the samples whose source is left out; what guidance is told from
+    folders: tuple[str, ...] = ()  # those of tokens.folders that serve it; (): all
 
     def __post_init__(self) -> None:
         require_positive(self, "weight", "loss_weight")
@@ -155,6 +157,9 @@ class TokenDataConfig:
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "must lie in 0…1")
         require_positive(self, "max_seq_len", "eval_max")
         require(self.num_workers >= 0, "num_workers", self.num_workers, "must be 0 or more")
+        for name, task in self.tasks.items():
+            known = not task.folders or {*task.folders} <= {*self.folders}
+            require(known, f"tasks.{name}.folders", ", ".join(task.folders), "must be among tokens.folders")
         whole = [task.ramp_until for task in self.tasks.values()]
         names = ", ".join(self.tasks)
         require(min(whole) == 0, "tasks", names, "must have one without a ramp (ramp_until is 0), to begin with")

@@ -51,6 +51,14 @@ class JsonFile:
         Raises:
             RecordError: this one record can't be used.
         """
+        return parse_record(self.tree(index), self.origin(index), image_root=self.image_root)
+
+    def tree(self, index: int) -> Any:
+        """What JSON a record is.
+
+        Raises:
+            RecordError: it is none, or too large.
+        """
         start, size = (int(number) for number in self.spans[index])
         origin = self.origin(index)
         if size > MAX_RECORD_BYTES:
@@ -58,10 +66,9 @@ class JsonFile:
         try:
             with self.path.open("rb") as file:
                 file.seek(start)
-                tree = decode_json(file.read(size), origin)
+                return decode_json(file.read(size), origin)
         except OSError as error:
             raise RecordError(f"{origin} can't be read: {error.strerror or error}.") from error
-        return parse_record(tree, origin, image_root=self.image_root)
 
     def _index(self, file: BinaryIO) -> None:
         size = os.fstat(file.fileno()).st_size

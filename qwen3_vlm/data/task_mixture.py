@@ -8,6 +8,7 @@ A ramp lets a task come in later: first read, then write.
 Any step can be asked for by itself: a resumed run, and every rank, arrives at the same samples.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,12 +39,13 @@ class TaskShare:
     weight: float = 1.0
     ramp_from: float = 0.0  # shares of all steps
     ramp_until: float = 0.0
+    fixed: float | None = None  # share of all samples at every step, whatever the weights of the others are
 
     def weight_at(self, progress: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The weight at each share of the run that has passed."""
         if self.ramp_until <= self.ramp_from:
             return np.where(progress >= self.ramp_from, self.weight, 0.0)
-        return self.weight * np.clip((progress - self.ramp_from) / (self.ramp_until - self.ramp_from), 0.0, 1.0)
+        return np.interp(progress, (self.ramp_from, self.ramp_until), (0.0, self.weight))
 
 
 class TaskMixture:
@@ -52,7 +54,8 @@ class TaskMixture:
     Args:
         tasks: by name; the order is part of the plan.
         samples: per step, over all ranks.
-        steps: None takes `epochs` passes over all (record, task) pairs, rounded up to whole steps.
+        steps: None takes `epochs` passes over all (record, task) pairs but those of a fixed share, rounded up to whole
+            steps.
 
     Raises:
         DataError: a task has no records, or no task is there to begin with.
@@ -65,18 +68,20 @@ class TaskMixture:
         if empty or not tasks:
             raise DataError(f"No record can be used for the task {', '.join(empty) or '(none is named)'}.")
         self.tasks, self.samples, self.seed = dict(tasks), samples, seed
-        pairs = sum(len(task.indices) for task in tasks.values())
-        self.steps = -(-pairs * epochs // samples) if steps is None else steps
+        pairs = sum(len(task.indices) for task in tasks.values() if task.fixed is None)
+        room = samples * (1 - sum(task.fixed or 0.0 for task in tasks.values()))
+        self.steps = math.ceil(pairs * epochs / room) if steps is None else steps
 
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
         """(steps + 1, tasks): how many samples of each task came before each step."""
         progress = np.arange(self.steps) / max(self.steps, 1)
-        weights = np.stack([task.weight_at(progress) for task in self.tasks.values()], axis=1)
+        fixed = np.array([task.fixed or 0.0 for task in self.tasks.values()])
+        weights = np.stack([task.weight_at(progress) for task in self.tasks.values()], axis=1) * (fixed == 0)
         totals = weights.sum(axis=1, keepdims=True)
         if (totals == 0).any():
             raise DataError("At the first step no task has a weight: let one of them begin at 0.")
-        wanted = weights / totals * self.samples
+        wanted = (weights / totals * (1 - fixed.sum()) + fixed) * self.samples
         counts = np.zeros((self.steps + 1, len(self.tasks)), dtype=np.int64)
         owed = np.zeros(len(self.tasks))
         for step, share in enumerate(wanted):

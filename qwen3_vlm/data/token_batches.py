@@ -10,7 +10,8 @@ Shapes: B rows, T tokens, K tasks.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.data.encode import SkippedRecord
 from qwen3_vlm.data.shards import Shards, TokenizedRecord
 from qwen3_vlm.data.task_mixture import TaskSample
+from qwen3_vlm.data.texts import Texts
 from qwen3_vlm.errors import RecordError, TokenError
 from qwen3_vlm.tokenization.sequences import (
+    GRADED,
     IGNORED,
-    SEQUENCES,
+    TEXT,
     DropCounter,
     TokenSequence,
     build_sequence,
@@ -35,7 +38,7 @@ from qwen3_vlm.tokenization.sequences import (
 from qwen3_vlm.tokenization.token_space import MODALITIES, TokenSpace
 
 NOTHING = np.empty(0, dtype=np.int32)
-TASK_NUMBERS = {task: number for number, task in enumerate(SEQUENCES)}
+TASK_NUMBERS = {task: number for number, task in enumerate(GRADED)}
 
 
 class TokenRecords(Sequence[TokenizedRecord]):
@@ -74,18 +77,29 @@ class TokenRecords(Sequence[TokenizedRecord]):
         number = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[number], int(index) - (int(self.ends[number - 1]) if number else 0)
 
-    def usable(self, task: str, max_seq_len: int, drops: DropCounter) -> npt.NDArray[np.int64]:
-        """The records that can be examples of a task; the others are counted in `drops`."""
-        wanted = sequence_format(task)
-        lengths = sequence_lengths(task, self.lengths)
+    def usable(
+        self, task: str, max_seq_len: int, drops: DropCounter, folders: Collection[str | Path] = ()
+    ) -> npt.NDArray[np.int64]:
+        """The records that can be examples of a task; the others are counted in `drops`.
+
+        Args:
+            folders: the data sets whose records may; empty: all. Records of others are not counted.
+        """
+        wanted, offered = sequence_format(task), self._records_of(folders)
+        lengths = sequence_lengths(task, self.lengths[offered])
         for modality in dict.fromkeys((wanted.source, wanted.target)):
-            missing = int((self.lengths[:, MODALITIES.index(modality)] == 0).sum())
+            missing = int((self.lengths[offered, MODALITIES.index(modality)] == 0).sum())
             if missing:
                 drops.add(task, f"no_{modality}", missing)
         too_long = int((lengths > max_seq_len).sum())
         if too_long:
             drops.add(task, "too_long", too_long)
-        return np.flatnonzero((lengths > 0) & (lengths <= max_seq_len))
+        return offered[(lengths > 0) & (lengths <= max_seq_len)]
+
+    def _records_of(self, folders: Collection[str | Path]) -> npt.NDArray[np.int64]:
+        """The numbers of the records of some data sets, or of all."""
+        chosen = [not folders or part.folder in map(Path, folders) for part in self.parts]
+        return np.flatnonzero(np.repeat(chosen, [len(part) for part in self.parts]))
 
     def sample_length(self, sample: TaskSample) -> int:
         """Ids of a sample's sequence."""
@@ -93,22 +107,33 @@ class TokenRecords(Sequence[TokenizedRecord]):
 
 
 def cut_micro_batches(
-    records: TokenRecords, samples: Sequence[TaskSample], batch_size: int
+    records: TokenRecords, samples: Sequence[TaskSample], batch_size: int, texts: Texts | None = None
 ) -> list[tuple[TaskSample, ...]]:
     """A step's samples in micro-batches of like length."""
-    ordered = sorted(samples, key=lambda sample: (records.sample_length(sample), sample))
+
+    def length(sample: TaskSample) -> int:
+        """Ids of its sequence."""
+        alone = texts is not None and sample.task == TEXT
+        return int(texts.lengths[sample.record]) if texts is not None and alone else records.sample_length(sample)
+
+    ordered = sorted(samples, key=lambda sample: (length(sample), sample))
     return [tuple(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
 
 
 class TokenCollator:
     """Sequences → one batch."""
 
-    def __init__(self, token_space: TokenSpace, task_weights: Mapping[str, float] | None = None) -> None:
-        """Args: task_weights: what the losses of a task are multiplied with; None leaves them out."""
-        self.pad_id = token_space.special("<|pad_mm|>")
+    def __init__(
+        self, token_space: TokenSpace, task_weights: Mapping[str, float] | None = None, *, mark_text: bool = False
+    ) -> None:
+        """Args:
+        task_weights: what the losses of a task are multiplied with; None leaves them out.
+        mark_text: put a `text_mask` beside the ids, 1 at those of texts by themselves, where there are any.
+        """
+        self.pad_id, self.mark_text = token_space.special("<|pad_mm|>"), mark_text
         self.weights = None
         if task_weights is not None:
-            self.weights = torch.tensor([float(task_weights.get(task, 1.0)) for task in SEQUENCES])
+            self.weights = torch.tensor([float(task_weights.get(task, 1.0)) for task in GRADED])
 
     def __call__(
         self,
@@ -132,6 +157,9 @@ class TokenCollator:
         inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "task_ids": tasks}
         if self.weights is not None:
             inputs["task_weights"] = self.weights
+        texts = [sequence for sequence in sequences if self.mark_text and sequence.task == TEXT]
+        if texts:
+            inputs["text_mask"] = mask * (tasks == TASK_NUMBERS[TEXT])
         return Batch(
             inputs=inputs,
             sample_ids=tuple(ids),
@@ -142,7 +170,8 @@ class TokenCollator:
             skipped=list(skipped),
             num_label_tokens=int((labels != IGNORED).sum()),
             num_tokens=sum(map(len, sequences)),
-            num_media=len(sequences),  # each has a picture or a sound, in or out
+            num_media=sum(sequence.task != TEXT for sequence in sequences),  # every task has one, in or out
+            num_text_predictions=sum(len(sequence) - 1 for sequence in texts),
         )
 
 
@@ -159,9 +188,14 @@ class TokenBatches(Dataset[Batch]):
         max_seq_len: int | None = None,
         noise_seed: int = 0,
         source_dropout: Mapping[str, float] | None = None,
+        texts: Texts | None = None,
     ) -> None:
-        """Args: source_dropout: by task, the share of samples whose source is left out; which ones follows from
-        the seed and the sample's draw."""
+        """Args:
+        source_dropout: by task, the share of samples whose source is left out; which ones follows from the seed
+            and the sample's draw.
+        texts: what samples of the task "text" are.
+        """
+        self.texts = texts
         self.records, self.token_space, self.collator = records, token_space, collator
         self.batches, self.max_seq_len, self.noise_seed = batches, max_seq_len, noise_seed
         self.source_dropout = dict(source_dropout or {})
@@ -172,22 +206,25 @@ class TokenBatches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         made, skipped = [], []
         for sample in self.batches[number]:
+            if self.texts is not None and sample.task == TEXT:
+                sequence = TokenSequence.of_text(self.texts[sample.record])
+                made.append((sequence, sample, self.texts.origin(sample.record)))
+                continue
             record = None
             try:
                 record = self.records[sample.record]
-                noise = f"{self.noise_seed}/{sample.draw}/{record.id}"
-                sequence = build_sequence(
-                    self.token_space, sample.task, record.ids, max_len=self.max_seq_len, noise_key=noise
-                )
-                if self._drops_source(sample):
-                    sequence = sequence.with_source(NOTHING)
-                made.append((sequence, sample, record.id))
+                made.append((self._sequence(sample, record), sample, record.id))
             except (RecordError, TokenError) as error:
                 origin = self.records.origin(sample.record)
                 name = record.id if record else ""
                 skipped.append(SkippedRecord(sample.record, name, origin, error.reason, str(error)))
         sequences, samples, ids = zip(*made, strict=True) if made else ((), (), ())
         return self.collator(sequences, samples, ids, skipped)
+
+    def _sequence(self, sample: TaskSample, record: TokenizedRecord) -> TokenSequence:
+        noise = f"{self.noise_seed}/{sample.draw}/{record.id}"
+        sequence = build_sequence(self.token_space, sample.task, record.ids, max_len=self.max_seq_len, noise_key=noise)
+        return sequence.with_source(NOTHING) if self._drops_source(sample) else sequence
 
     def _drops_source(self, sample: TaskSample) -> bool:
         rate = self.source_dropout.get(sample.task, 0.0)

@@ -28,7 +28,7 @@ from qwen3_vlm.models.logit_rules import apply_logit_rules, logit_rules
 from qwen3_vlm.models.losses import chunked_cross_entropy, split_cross_entropy, sums_by_group, supervised_positions
 from qwen3_vlm.models.precision import compute_in_fp32, must_widen
 from qwen3_vlm.models.vocabulary_rows import RowInit, SplitEmbedding, SplitHead, add_rows, fresh_rows
-from qwen3_vlm.tokenization.sequences import SEQUENCES
+from qwen3_vlm.tokenization.sequences import GRADED
 from qwen3_vlm.tokenization.token_space import TokenSpace
 
 ScoreRange = tuple[int, int]  # global ids, the last one excluded
@@ -36,7 +36,7 @@ ScoreRange = tuple[int, int]  # global ids, the last one excluded
 
 @dataclass
 class TokenLMOutput(ModelOutput):
-    """`logits` is None while training with labels. Task figures, by number in `SEQUENCES`, come with `task_ids`."""
+    """`logits` is None while training with labels. Task figures, by number in `GRADED`, come with `task_ids`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -167,7 +167,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, T), 1 for real tokens. Leave it out for packed rows.
             position_ids: (B, T); where they start again at 0 a packed sample begins, and none attends to another.
             labels: (B, T), −100 where nothing is graded; shifted here.
-            task_ids: (B, T), the number of each token's task in `SEQUENCES`.
+            task_ids: (B, T), the number of each token's task in `GRADED`.
             task_weights: (K,), what a task's losses are multiplied with; needs `task_ids`.
             logits_to_keep: compute scores for the last so many positions only (0: all).
             score_range: the global ids that can come next, the last excluded; all others score −∞ and are not computed.
@@ -248,7 +248,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         losses, found = graded.loss, {}
         if task_ids is not None:
             task = task_ids[graded.row, graded.position]  # (S,)
-            sums, counts = sums_by_group(losses.detach(), task, len(SEQUENCES))
+            sums, counts = sums_by_group(losses.detach(), task, len(GRADED))
             found = {"task_losses": sums, "task_counts": counts}
             if weights is not None:
                 losses = losses * weights.to(losses)[task]

@@ -61,6 +61,8 @@ SEQUENCES: dict[str, SequenceFormat] = {
     "denoise_image": SequenceFormat("image", "image", noise_rate=0.15),
     "denoise_audio": SequenceFormat("audio", "audio", noise_rate=0.15),
 }
+TEXT = "text"  # a text by itself, every id of it a label: no task of its own, but graded beside them
+GRADED = (*SEQUENCES, TEXT)  # what a loss is told of, by number
 TASK_FAMILIES: dict[str, tuple[str, ...]] = {
     "copy": ("copy_image", "copy_audio"),
     "denoise": ("denoise_image", "denoise_audio"),
@@ -92,6 +94,13 @@ class TokenSequence:
     def span(self, name: str) -> Span:
         """The span of that name."""
         return next(span for span in self.spans if span.name == name)
+
+    @classmethod
+    def of_text(cls, ids: Ids) -> "TokenSequence":
+        """A text by itself (T,): all of it is predicted, but for its first id, which has nothing before it."""
+        labels = ids.copy()
+        labels[0] = IGNORED
+        return cls(TEXT, ids, labels, ())
 
     def with_source(self, source: Ids) -> "TokenSequence":
         """The same example with other ids, of any number, in the place of its source's own.

@@ -93,7 +93,8 @@ class RowsRecipe(Recipe):
         Raises:
             DataError: see `open_tokens`; or a sequence is longer than the base can read.
         """
-        data = open_tokens(self.config, self.token_space, verify=self.accelerator.is_main_process)
+        main = self.accelerator.is_main_process
+        data = open_tokens(self.config, self.token_space, tokenizer=self.tokenizer, verify=main)
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and data.longest_sequence > positions:
             raise DataError(

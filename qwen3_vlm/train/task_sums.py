@@ -1,6 +1,6 @@
 """Losses and graded tokens of each task, summed over micro-batches, ranks and steps, for the log.
 
-A model that grades several tasks at once returns `task_losses` and `task_counts`, by number in `SEQUENCES`. The mean
+A model that grades several tasks at once returns `task_losses` and `task_counts`, by number in `GRADED`. The mean
 of a task is its summed loss over its own tokens, whatever weight the task has in training. Beside them stands the KL of
 text from the base, where that is in the loss.
 """
@@ -12,15 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from qwen3_vlm.tokenization.sequences import SEQUENCES
+from qwen3_vlm.tokenization.sequences import GRADED
 
 
 class TaskSums:
     """`losses` (K,) in nats and `counts` (K,) of graded tokens; zeros where a model has no tasks."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.losses = torch.zeros(len(SEQUENCES), dtype=torch.float64, device=device)
-        self.counts = torch.zeros(len(SEQUENCES), dtype=torch.int64, device=device)
+        self.losses = torch.zeros(len(GRADED), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(GRADED), dtype=torch.int64, device=device)
         self.text = torch.zeros(2, dtype=torch.float64, device=device)  # KL in nats, and predictions
 
     def add(self, outputs: Any) -> None:
@@ -42,7 +42,7 @@ class TaskSums:
     def counters(self, prefix: str) -> dict[str, float]:
         """Flat, for the run's counters: `…nats/i2t`, `…graded/i2t`, and `…nats/text_kl`, `…graded/text_kl`."""
         found: dict[str, float] = {}
-        for task, loss, count in zip(SEQUENCES, self.losses.tolist(), self.counts.tolist(), strict=True):
+        for task, loss, count in zip(GRADED, self.losses.tolist(), self.counts.tolist(), strict=True):
             if count:
                 found |= {f"{prefix}nats/{task}": loss, f"{prefix}graded/{task}": count}
         nats, count = self.text.tolist()
@@ -52,7 +52,7 @@ class TaskSums:
 def task_means(counters: Mapping[str, float], prefix: str) -> dict[str, float]:
     """Nats per graded token and graded tokens of each task: `loss_i2t`, `tokens_i2t`; and of text's KL: `text_kl`."""
     found: dict[str, float] = {}
-    for task in SEQUENCES:
+    for task in GRADED:
         count = counters.get(f"{prefix}graded/{task}", 0)
         if count:
             found |= {f"loss_{task}": counters[f"{prefix}nats/{task}"] / count, f"tokens_{task}": count}

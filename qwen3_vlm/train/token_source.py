@@ -16,10 +16,12 @@ from qwen3_vlm.data.shard_dataset import read_dataset
 from qwen3_vlm.data.shards import open_shards
 from qwen3_vlm.data.shuffle import Permutation
 from qwen3_vlm.data.task_mixture import TaskMixture, TaskSample, TaskShare
+from qwen3_vlm.data.texts import Texts
 from qwen3_vlm.data.token_batches import TokenBatches, TokenCollator, TokenRecords, cut_micro_batches
 from qwen3_vlm.errors import DataError, RecordError
 from qwen3_vlm.fingerprint import fingerprint_dataset
-from qwen3_vlm.tokenization.sequences import DropCounter, sequence_format, sequence_lengths, task_names
+from qwen3_vlm.tokenization.sequences import TEXT, DropCounter, sequence_format, sequence_lengths, task_names
+from qwen3_vlm.tokenization.text import LosslessText
 from qwen3_vlm.tokenization.token_space import MODALITIES, TokenSpace
 from qwen3_vlm.train.step_plan import MixtureSteps
 
@@ -39,6 +41,9 @@ class TokenSource:
     held_out: dict[str, Indices]  # held-out records of each task, at most `eval_max`, in a fixed random order
     drops: DropCounter
     fingerprint: str
+    texts: Texts | None = None
+    text_share: float = 0.0
+    mark_text: bool = False
 
     @property
     def num_train(self) -> int:
@@ -69,7 +74,9 @@ class TokenSource:
 
     def counts(self) -> dict[str, Any]:
         """Samples of each task, and what was left out."""
+        texts = {} if self.texts is None else {"text_samples": len(self.texts.usable)}
         return {
+            **texts,
             "train_samples": self.num_train,
             "eval_samples": sum(map(len, self.held_out.values())),
             "tasks": {name: [len(share.indices), len(self.held_out[name])] for name, share in self.shares.items()},
@@ -77,21 +84,25 @@ class TokenSource:
         }
 
     def unusable(self) -> list[SkippedRecord]:
-        """None is known before it is read; what does not fit a task is no bad record, and is in `drops`."""
-        return []
+        """Texts; of records none is known before it is read, and what does not fit a task is in `drops`."""
+        return self.texts.unusable if self.texts else []
 
     def plan(self, optim: OptimConfig, *, ranks: int, rank: int) -> MixtureSteps:
         """The steps of one rank."""
+        texts = {} if self.texts is None else {TEXT: TaskShare(self.texts.usable, fixed=self.text_share)}
         mixture = TaskMixture(
-            self.shares,
+            {**self.shares, **texts},
             samples=optim.batch_size * optim.accumulation * ranks,
             seed=self.seed,
             epochs=optim.epochs,
             steps=optim.max_steps,
         )
-        return MixtureSteps(
-            mixture, lambda samples: cut_micro_batches(self.train, samples, optim.batch_size), ranks=ranks, rank=rank
-        )
+
+        def cut(samples: Sequence[TaskSample]) -> list[tuple[TaskSample, ...]]:
+            """A step's samples → micro-batches."""
+            return cut_micro_batches(self.train, samples, optim.batch_size, self.texts)
+
+        return MixtureSteps(mixture, cut, ranks=ranks, rank=rank)
 
     def train_batches(self, micro_batches: Sequence[Sequence[TaskSample]]) -> Iterator[Batch]:
         """These micro-batches, in order, read by worker processes."""
@@ -100,7 +111,7 @@ class TokenSource:
         plain = all(weight == 1.0 for weight in weights.values())
         return self._iterate(
             self.train,
-            TokenCollator(self.token_space, None if plain else weights),
+            TokenCollator(self.token_space, None if plain else weights, mark_text=self.mark_text),
             micro_batches,
             {name: task.source_dropout for name, task in settings.items()},
         )
@@ -135,6 +146,7 @@ class TokenSource:
             max_seq_len=self.config.max_seq_len,
             noise_seed=self.seed,
             source_dropout=source_dropout,
+            texts=self.texts,
         )
         return iter(ordered_loader(dataset, self.config.num_workers))
 
@@ -164,10 +176,13 @@ def check_token_folders(config: TokenDataConfig) -> TokenSpace:
     return spaces[0]
 
 
-def open_tokens(config: RunConfig, token_space: TokenSpace, *, verify: bool = True) -> TokenSource:
-    """Open the shards, and find out which records serve which task.
+def open_tokens(
+    config: RunConfig, token_space: TokenSpace, *, tokenizer: Any = None, verify: bool = True
+) -> TokenSource:
+    """Open the shards, and find out which records serve which task; and the texts that are mixed in.
 
     Args:
+        tokenizer: of the base, for texts.
         verify: hash the tars, about a second per GB; one process of a machine is enough.
 
     Raises:
@@ -187,21 +202,46 @@ def open_tokens(config: RunConfig, token_space: TokenSpace, *, verify: bool = Tr
     shares, chosen = {}, {}
     for name in task_names(settings.tasks):
         task = settings.tasks[_section(settings, name)]
-        usable = train.usable(name, settings.max_seq_len, drops)
+        usable = train.usable(name, settings.max_seq_len, drops, task.folders)
         if not len(usable):
             wanted = sequence_format(name)
             raise DataError(
-                f"No record of {', '.join(settings.folders)} can be used for the task {name}: it needs {wanted.source} "
-                f"and {wanted.target}, {settings.max_seq_len:,} ids at most ({drops.to_dict().get(name)})."
+                f"No record of {', '.join(task.folders or settings.folders)} can be used for the task {name}: it "
+                f"needs {wanted.source} and {wanted.target}, {settings.max_seq_len:,} ids at most "
+                f"({drops.to_dict().get(name)})."
             )
         shares[name] = TaskShare(usable, task.weight, task.ramp_from, task.ramp_until)
-        others = held_out.usable(name, settings.max_seq_len, DropCounter())
+        others = held_out.usable(name, settings.max_seq_len, DropCounter(), task.folders)
         order = Permutation(len(others), f"{config.seed}/held out")(np.arange(min(len(others), settings.eval_max)))
         chosen[name] = others[order]
     parts = [(str(number), str(part)) for number, part in enumerate(train.identity)]
+    texts = _texts(config, token_space, tokenizer) if config.text.files else None
+    parts += [("text", texts.fingerprint)] if texts else []
     return TokenSource(
-        settings, config.seed, token_space, train, held_out, shares, chosen, drops, fingerprint_dataset(parts)
+        settings,
+        config.seed,
+        token_space,
+        train,
+        held_out,
+        shares,
+        chosen,
+        drops,
+        fingerprint_dataset(parts),
+        texts,
+        config.text.share,
+        config.lora.kl_weight > 0,
     )
+
+
+def _texts(config: RunConfig, token_space: TokenSpace, tokenizer: Any) -> Texts:
+    text = LosslessText(tokenizer, token_space.text.vocab_size, token_space.text.name)
+    texts = Texts(config.text.files, text.encode, config.tokens.max_seq_len)
+    if len(texts.unusable) > config.tokens.max_bad_fraction * len(texts):
+        raise DataError(
+            f"{len(texts.unusable):,} of {len(texts):,} texts can't be used, more than tokens.max_bad_fraction "
+            f"{config.tokens.max_bad_fraction:g}; the first: {texts.unusable[0].message}"
+        )
+    return texts
 
 
 def _section(config: TokenDataConfig, task: str) -> str:

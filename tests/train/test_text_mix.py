@@ -24,6 +24,7 @@ from qwen3_vlm.train.step_plan import plan_steps
 from qwen3_vlm.train.train_utils import train
 from tests.train.tiny_run import metrics
 from tests.train.tiny_talks import Setting, write_texts
+from tests.train.tiny_token_run import save_dataset, token_config
 
 
 @pytest.fixture(scope="module")
@@ -145,4 +146,26 @@ def test_it_holds_text_at_the_base(setting: Setting, texts: Path, tmp_path: Path
         drift[weight] = evidence["text_drift"]["kl"]["value"]
         lines = [line for line in metrics(folder) if line["kind"] == "train"]
         assert [line.get("text_kl", -1.0) > 0 for line in lines] == [bool(weight)] * len(lines)
+    assert drift[5.0] < 0.6 * drift[0.0]
+
+
+def test_stage_4_reads_texts_beside_its_tasks(tmp_path: Path) -> None:
+    """Texts are graded by themselves, and with the KL in the loss the adapter moves them less."""
+    dataset = save_dataset(tmp_path / "data", 30)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"a small dog below {number} green trees"}) for number in range(5)))
+    changes: dict[str, Any] = {"stage": "stage4_mmpt", "lora__rank": 4, "text__files": [str(texts)], "text__share": 0.5}
+    changes |= {"tokens__tasks": {"i2t": {}}, "eval__quick_every": 20, "save_every": 20, "log_every": 6}
+    drift = {}
+    for weight in (0.0, 5.0):
+        config = token_config(tmp_path / str(weight), dataset, **changes, lora__kl_weight=weight, optim__max_steps=6)
+        assert train(config).evidence is not None
+        folder = tmp_path / str(weight)
+        drift[weight] = json.loads((folder / "rows" / "evidence.json").read_text())["text_drift"]["kl"]["value"]
+        (line,) = [line for line in metrics(folder) if line["kind"] == "train"]
+        assert line["loss_text"] > 0
+        assert line["tokens_text"] > line["tokens_i2t"] > 0
+        assert ("text_kl" in line) == bool(weight)
+        info = json.loads((folder / "rows" / "trainable_rows.json").read_text())
+        assert info["data"]["text_samples"] == 5
     assert drift[5.0] < 0.6 * drift[0.0]
