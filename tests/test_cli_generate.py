@@ -26,7 +26,7 @@ from qwen3_vlm.tokenization.audit_page import wav_bytes
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.tokenization.uti_config import TextConfig
 from tests.conftest import Run
-from tests.models.tiny_omni import give_adapter
+from tests.models.tiny_omni import give_adapter, save_uti
 from tests.tiny import save_tiny_llm
 from tests.tokenization.tiny_models import save_tiny
 
@@ -39,13 +39,7 @@ def addon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trainable-rows folder whose rows are fresh."""
     root = tmp_path_factory.mktemp("generate")
     llm = save_tiny_llm(root / "llm")
-    config = {
-        "text": {"tokenizer": str(llm), "name": "tiny"},
-        "image": {"type": "janus_vqvae", "source": str(save_tiny(root / "picture", "janus_vqvae"))},
-        "audio": {"type": "dac", "source": str(save_tiny(root / "sound", "dac")), "clip_seconds": 0.5},
-    }
-    (root / "uti.yaml").write_text(yaml.safe_dump(config))
-    space = UnifiedTokenizer.open(root / "uti.yaml").token_space
+    space = UnifiedTokenizer.open(save_uti(root, llm)).token_space
     model = TokenLM.grow(AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32), space)
     return save_rows(root / "addon", model, describe_base(llm), uti=root / "uti.yaml", details={"step": 1})
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -13,10 +14,11 @@ from qwen3_vlm.models.bases import load_bases
 from qwen3_vlm.models.lora import add_lora, lora_parameters
 from qwen3_vlm.models.row_files import describe_base, save_rows
 from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.train.add_ons import save_connector
 from qwen3_vlm.train.identity import describe_bases
 from tests.tiny import TINY_CONNECTOR
-from tests.tokenization.plain_codecs import plain_uti
+from tests.tokenization.tiny_models import save_tiny
 
 RANKS = {"connector": 2, "rows": 3}  # so that one can't be taken for the other
 
@@ -44,15 +46,32 @@ def save_connector_of(
 
 
 def save_rows_of(
-    folder: Path, llm: Path, uti: Any = None, *, dtype: torch.dtype = torch.float32, adapter: bool = True
+    folder: Path,
+    llm: Path,
+    uti: UnifiedTokenizer,
+    *,
+    source: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    adapter: bool = True,
 ) -> Path:
-    """A trainable-rows folder such as stage 4 leaves, over `plain_uti`; or stage 3 without an adapter."""
+    """A trainable-rows folder such as stage 4 leaves, or stage 3 without an adapter; `source` has its uti.yaml."""
     base = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype)
-    model = TokenLM.grow(base, (uti or plain_uti()).token_space, seed=3)
+    model = TokenLM.grow(base, uti.token_space, seed=3)
     if adapter:
         give_adapter(model.language_model, rank=RANKS["rows"], seed=12, dora=True)
     details = {"stage": "stage4_mmpt", "step": 9}
-    return save_rows(folder, model, describe_base(llm), uti=None, details=details)
+    return save_rows(folder, model, describe_base(llm), uti=source, details=details)
+
+
+def save_uti(folder: Path, llm: Path) -> Path:
+    """A folder with the uti.yaml of tiny real codecs: 16 image ids a picture, three codebooks at 800 Hz."""
+    config = {
+        "text": {"tokenizer": str(llm), "name": "tiny"},
+        "image": {"type": "janus_vqvae", "source": str(save_tiny(folder / "picture", "janus_vqvae"))},
+        "audio": {"type": "dac", "source": str(save_tiny(folder / "sound", "dac")), "clip_seconds": 0.5},
+    }
+    (folder / "uti.yaml").write_text(yaml.safe_dump(config))
+    return folder
 
 
 def picture(seed: int = 0) -> Image.Image:
