@@ -45,6 +45,14 @@ def parse_or_refuse(tree: Any, overrides: list[str]) -> RunConfig | None:
         return None
 
 
+def test_a_tasks_folders_are_among_those_of_the_data() -> None:
+    tasks = {"i2t": {}, "t2i": {"folders": ["b"]}}
+    config = parse_config({"stage": "stage3_rows", "tokens": {"folders": ["a", "b"], "tasks": tasks}})
+    assert config.tokens.tasks["t2i"].folders == ("b",)
+    with pytest.raises(ConfigError, match=r"tasks\.t2i\.folders is 'b'; it must be among tokens\.folders"):
+        parse_config({"stage": "stage3_rows", "tokens": {"folders": ["a"], "tasks": tasks}})
+
+
 @given(key=st.sampled_from(LEAF_KEYS), value=values)
 def test_any_value_of_a_known_key_is_taken_or_refused(key: str, value: Any) -> None:
     tree: dict[str, Any] = {}

@@ -57,6 +57,16 @@ def test_usable_is_what_can_be_built(records: TokenRecords, task: str) -> None:
     assert sum(count for name, count in counted.items() if name != "too_long") == expected.get("missing", 0)
 
 
+def test_a_task_may_have_its_own_folders(folders: list[Path], records: TokenRecords) -> None:
+    """Records of the others are neither used nor counted as left out."""
+    alone, drops, expected = TokenRecords([open_shards(folders[1])]), DropCounter(), DropCounter()
+    usable = records.usable("t2i", 13, drops, [str(folders[1])])
+    np.testing.assert_array_equal(usable, len(open_shards(folders[0])) + alone.usable("t2i", 13, expected))
+    assert drops.to_dict() == expected.to_dict() != {}
+    both = records.usable("t2i", 13, DropCounter(), folders)
+    np.testing.assert_array_equal(both, records.usable("t2i", 13, DropCounter()))
+
+
 def samples(records: TokenRecords) -> list[TaskSample]:
     drops = DropCounter()
     found = []
