@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from qwen3_vlm.cli_chat import open_omni
 from qwen3_vlm.cli_uti import read_picture, read_sound
 from qwen3_vlm.generate.chat import chat
 from qwen3_vlm.models.omni import OmniModel
@@ -40,6 +41,23 @@ def omni(home: Path) -> OmniModel:
     return load_omni(home / "connector", home / "rows")
 
 
+@pytest.fixture(scope="module")
+def opened() -> dict[str, OmniModel]:
+    """What was loaded for which arguments; once is enough."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _open_once(opened: dict[str, OmniModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_once(*arguments: Any, **options: Any) -> OmniModel:
+        key = repr((arguments, options))
+        if key not in opened:
+            opened[key] = open_omni(*arguments, **options)
+        return opened[key]
+
+    monkeypatch.setattr("qwen3_vlm.cli_chat.open_omni", open_once)
+
+
 @pytest.fixture
 def command(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[object, ...]:
     """In a folder of its own, where replies are written."""
@@ -64,9 +82,7 @@ def test_one_message(run: Run, command: tuple[object, ...], home: Path, omni: Om
     assert (said[0], json.loads(said[1])) == (0, {"file": "a/b.png", "words": None, "seed": 4})
     drawn = chat(omni, [message(home, "audio")], reply="image", seed=4)
     assert np.array_equal(np.asarray(Image.open("a/b.png")), np.asarray(drawn.image))
-    status, printed, _ = run(
-        *command, "hm?", "--image", home / "p.png", "--reply", "audio", "--of", "answer", "--json"
-    )
+    status, printed, _ = run(*command, "hm?", "--image", home / "p.png", "--reply", "audio", "--of", "answer", "--json")
     line = json.loads(printed)
     assert (status, line["file"]) == (0, "reply.wav")
     assert line["words"] == chat(omni, [message(home, "image", "text", text="hm?")], max_new_tokens=6).text

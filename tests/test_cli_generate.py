@@ -202,7 +202,7 @@ def blocks(language: str) -> list[str]:
 def test_the_commands_of_the_docs(run: Run, addon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = [line[2:] for line in blocks("console")[0].splitlines() if line.startswith("$ ")]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for command in commands:
         adapted = command.replace("runs/stage3/rows", str(addon)).replace("--max-seconds 3", "--max-seconds 0.3")
         adapted = adapted.replace("0.7,0.9,1,1", "0.7,0.9,1")  # the tiny codec has three codebooks and short clips

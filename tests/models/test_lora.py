@@ -10,7 +10,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qwen3_vlm.errors import AddOnError, ModelError
-from qwen3_vlm.models.lora import add_lora, has_lora, lora_parameters, read_adapter, without_lora, write_adapter
+from qwen3_vlm.models.lora import (
+    add_lora,
+    has_lora,
+    lora_names,
+    lora_parameters,
+    read_adapter,
+    use_lora,
+    without_lora,
+    write_adapter,
+)
 
 IDS = torch.arange(12).reshape(1, 12)
 
@@ -19,11 +28,11 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def shake(model: Any) -> None:
+def shake(model: Any, name: str = "default", seed: int = 5) -> None:
     """Give a fresh adapter something to say."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in lora_parameters(model.base_model).values():
+        for parameter in lora_parameters(model.base_model, name).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
@@ -46,6 +55,47 @@ def test_peft_alone_loads_it(tiny_llm_dir: Path, tmp_path: Path, dora: bool) -> 
     with without_lora(model):
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
     assert torch.equal(ours(IDS).logits, model(IDS).logits)
+
+
+def test_several_adapters_by_name(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    """Each acts as it does alone, whatever acted before; their files are those of adapters that stand alone."""
+    plain, model = load(tiny_llm_dir), load(tiny_llm_dir)
+    kinds: dict[str, dict[str, Any]] = {"a": {"rank": 2, "alpha": 8.0}, "b-2": {"rank": 3, "alpha": 3.0, "dora": True}}
+    expected = {}
+    for number, (name, settings) in enumerate(kinds.items()):
+        alone = load(tiny_llm_dir)
+        add_lora(alone.base_model, **settings)
+        shake(alone, seed=number)
+        write_adapter(tmp_path / name, alone.base_model, "model", "x")
+        expected[name] = alone(IDS).logits
+        read_adapter(tmp_path / name, model.base_model, "model", name=name)
+    own = {id(parameter) for parameter in model.base_model.parameters()}
+    assert lora_names(model.base_model) == ["a", "b-2"]
+    for name in ("a", "b-2", None, "b-2", None, "a"):
+        use_lora(model.base_model, name)
+        assert torch.equal(model(IDS).logits, plain(IDS).logits if name is None else expected[name])
+        assert not any(parameter.requires_grad for parameter in model.base_model.parameters())
+    with without_lora(model):
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    assert {id(parameter) for parameter in model.base_model.parameters()} == own
+    for name in kinds:
+        write_adapter(tmp_path / "again", model.base_model, "model", "x", name=name)
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / name / file).read_bytes()
+
+
+def test_names_that_are_refused(tiny_llm_dir: Path) -> None:
+    model = load(tiny_llm_dir)
+    for name in ("", "a.b", "x y", "é"):
+        with pytest.raises(ModelError, match="is no name of an adapter"):
+            add_lora(model.base_model, rank=1, alpha=1, name=name)
+    with pytest.raises(ModelError, match="no adapter 'x'; there are none"):
+        use_lora(model.base_model, "x")
+    add_lora(model.base_model, rank=1, alpha=1, name="lora_A")  # a word of PEFT's own
+    with pytest.raises(ModelError, match="already has an adapter 'lora_A'"):
+        add_lora(model.base_model, rank=1, alpha=1, name="lora_A")
+    assert len(lora_parameters(model.base_model, "lora_A")) == 2 * 14
+    assert not lora_parameters(model.base_model)
 
 
 def test_only_adapters_are_trainable_and_fp32(tiny_llm_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 import shutil
 import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from qwen3_vlm.generate.streaming import stream_ids
 from qwen3_vlm.models.bases import load_tower
 from qwen3_vlm.models.lora import write_adapter
 from qwen3_vlm.models.omni import OmniModel
+from qwen3_vlm.models.precision import compute_in_fp32, must_widen
 from qwen3_vlm.models.row_files import read_rows, read_rows_info
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.text import LosslessText
@@ -85,13 +88,30 @@ def drawn(model: Any, target: Any, sources: Any, seed: int = 5) -> list[list[int
     return [[int(value) for value in segments[0].ids] for segments in answers]
 
 
-@pytest.mark.parametrize(("tied", "dtype"), BASES)
-def test_text_is_the_bases_to_the_bit(tiny_tower_dir: Path, tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
-    llm = save_tiny_llm(tmp_path / "llm", tied=tied)
-    connector = save_connector_of(tmp_path / "connector", llm, tiny_tower_dir, dtype=dtype)
-    rows = save_rows_of(tmp_path / "rows", llm, UTI, dtype=dtype)
-    base, omni = load_base(llm, dtype), load_omni(connector, rows, uti=UTI)
-    tokenizer = AutoTokenizer.from_pretrained(llm)
+@dataclass
+class Made:
+    """A base, two add-ons of it, and the model of all three."""
+
+    dtype: torch.dtype
+    llm: Path
+    connector: Path
+    rows: Path
+    omni: OmniModel
+
+
+@pytest.fixture(scope="module", params=BASES, ids=str)
+def made(request: pytest.FixtureRequest, tiny_tower_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    tied, dtype = request.param
+    home = tmp_path_factory.mktemp("made")
+    llm = save_tiny_llm(home / "llm", tied=tied)
+    connector = save_connector_of(home / "connector", llm, tiny_tower_dir, dtype=dtype)
+    rows = save_rows_of(home / "rows", llm, UTI, dtype=dtype)
+    return Made(dtype, llm, connector, rows, load_omni(connector, rows, uti=UTI))
+
+
+def test_text_is_the_bases_to_the_bit(made: Made) -> None:
+    base, omni = load_base(made.llm, made.dtype), made.omni
+    tokenizer = AutoTokenizer.from_pretrained(made.llm)
 
     def read(model: Any) -> Any:
         return measure_text(model, tokenizer, SENTENCES[:2], new_tokens=3)
@@ -107,9 +127,36 @@ def test_text_is_the_bases_to_the_bit(tiny_tower_dir: Path, tmp_path: Path, tied
     assert torch.equal(*answers)
 
 
+def test_one_base_in_memory(made: Made, tiny_tower_dir: Path) -> None:
+    """All tensors together are as large as the base, the tower and the add-ons' files; views add nothing."""
+    omni, base, tower = made.omni, load_base(made.llm, made.dtype), load_tower(tiny_tower_dir, dtype=made.dtype)
+    if must_widen(base.lm_head.weight):
+        compute_in_fp32(base)
+        compute_in_fp32(tower)
+    views = [omni.vlm, omni.token_lm, omni.text, omni.speaking(None)]
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for v in views for p in v.parameters()}
+    tensors: dict[str, Iterable[torch.Tensor]] = {
+        "connector": load_file(made.connector / "connector.safetensors").values(),
+        "adapter connector": load_file(made.connector / "adapter_model.safetensors").values(),
+        "adapter rows": load_file(made.rows / "adapter_model.safetensors").values(),
+        "rows": read_rows(made.rows, read_rows_info(made.rows)).values(),
+        "llm": base.parameters(),
+        "vision_tower": tower.parameters(),
+    }
+    expected = {name: sum(tensor.nbytes for tensor in found) for name, found in tensors.items()}
+    assert omni.sizes() == expected
+    assert sum(storages.values()) == sum(expected.values())
+    assert not any(parameter.requires_grad for view in views for parameter in view.parameters())
+    table: Any = omni.token_lm.language_model.get_input_embeddings()
+    tied = base.lm_head.weight is base.get_input_embeddings().weight
+    assert (table.base.weight.data_ptr() == omni.vlm.lm_head.weight.data_ptr()) is tied
+
+
 def test_captions_are_the_vlms(seer: tuple[Any, Any], omni: OmniModel) -> None:
     model, processor = seer
-    assert caption_images(omni.vlm, omni.processor, PICTURES) == caption_images(model, processor, PICTURES)
+    assert caption_images(omni.vlm, omni.processor, PICTURES, max_new_tokens=8) == caption_images(
+        model, processor, PICTURES, max_new_tokens=8
+    )
     ids = torch.tensor([processor.encode_prompt([{"role": "user", "content": "<image_patch>\nwhat"}])])
     pixels = processor.pixel_values(PICTURES[:1])
     assert torch.equal(omni.vlm(ids, **pixels).logits, model(ids, **pixels).logits)
@@ -196,31 +243,6 @@ def test_add_ons_without_adapters(folders: dict[str, Path], tiny_llm_dir: Path, 
     assert drawn(omni.token_lm, "image", [{"text": "a"}]) == drawn(TokenLM.from_add_on(rows), "image", [{"text": "a"}])
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_one_base_in_memory(tiny_tower_dir: Path, tmp_path: Path, tied: bool) -> None:
-    """All tensors together are as large as the base, the tower and the add-ons' files; views add nothing."""
-    llm = save_tiny_llm(tmp_path / "llm", tied=tied)
-    connector = save_connector_of(tmp_path / "connector", llm, tiny_tower_dir)
-    rows = save_rows_of(tmp_path / "rows", llm, UTI)
-    omni = load_omni(connector, rows, uti=UTI)
-    views = [omni.vlm, omni.token_lm, omni.text, omni.speaking(None)]
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for v in views for p in v.parameters()}
-    files = {
-        "connector": load_file(connector / "connector.safetensors").values(),
-        "adapter connector": load_file(connector / "adapter_model.safetensors").values(),
-        "adapter rows": load_file(rows / "adapter_model.safetensors").values(),
-        "rows": read_rows(rows, read_rows_info(rows)).values(),
-        "llm": load_base(llm).parameters(),
-        "vision_tower": load_tower(tiny_tower_dir, dtype=torch.float32).parameters(),
-    }
-    expected = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in files.items()}
-    assert omni.sizes() == expected
-    assert sum(storages.values()) == sum(expected.values())
-    assert not any(parameter.requires_grad for view in views for parameter in view.parameters())
-    base: Any = omni.token_lm.language_model.get_input_embeddings()
-    assert (base.base.weight.data_ptr() == omni.vlm.lm_head.weight.data_ptr()) is tied
-
-
 def test_a_base_without_a_spare_row(tiny_tower_dir: Path, tmp_path: Path) -> None:
     """`<image_patch>` then has the number of the first new row; pictures and ids are told apart all the same."""
     llm = tmp_path / "llm"
@@ -235,8 +257,8 @@ def test_a_base_without_a_spare_row(tiny_tower_dir: Path, tmp_path: Path) -> Non
     rows = save_rows_of(tmp_path / "rows", llm, uti)
     omni = load_omni(connector, rows, uti=uti)
     assert omni.processor.image_token_id == uti.token_space.special("<|text_start|>") == size
-    captions = caption_images(omni.vlm, omni.processor, PICTURES[:1])
-    assert captions == caption_images(*load_vlm(connector), PICTURES[:1])
+    captions = caption_images(omni.vlm, omni.processor, PICTURES[:1], max_new_tokens=8)
+    assert captions == caption_images(*load_vlm(connector), PICTURES[:1], max_new_tokens=8)
     given = {"sources": [{"text": "a"}], "target": "image"}
     answers = [generate_segments(m, uti, **given)[0][0] for m in (omni.token_lm, TokenLM.from_add_on(rows))]
     assert answers[0].ids.tolist() == answers[1].ids.tolist()
