@@ -207,7 +207,7 @@ def _content(index: int, records: Records, max_pixels: int | None) -> _Content:
         pictures = tuple(_picture_digest(ref, max_pixels) for ref in record.images)
     except ImageError as error:
         return _Content(index, record.id, record.origin, (), b"", error.reason, f"{record.origin}: {error}")
-    sample = _digest(*pictures, *(f"{turn.role}\0{turn.text}".encode() for turn in record.turns))
+    sample = _digest(*pictures, *(f"{turn.role}\0{turn.text}".encode() for turn in (*record.preface, *record.turns)))
     return _Content(index, record.id, record.origin, pictures, sample)
 
 

@@ -24,7 +24,7 @@ from qwen3_vlm.errors import RecordError
 from qwen3_vlm.storage import atomic_file
 
 IGNORED = -100  # the label that no loss is computed at
-TABLE_FORMAT = 1
+TABLE_FORMAT = 2
 WORK_RECORDS = 2_000  # per task of a worker process
 PROBES = ("A red cat, 3 × 7!", "两只猫 und ein Bär\n", f"{IMAGE_MARK}\nWhat is this?")
 
@@ -103,7 +103,7 @@ class SampleEncoder:
     def encode_prompt(self, record: Record) -> tuple[list[int], str, tuple[ImageRef, ...]]:
         """The first question as a prompt to generate from, its reference answer, and the question's pictures."""
         question, answer = record.turns[0], record.turns[1]
-        ids = list(self.processor.encode_prompt(self._messages([question])))
+        ids = list(self.processor.encode_prompt(self._messages([*record.preface, question])))
         return ids, answer.text, record.images[: question.text.count(IMAGE_MARK)]
 
     @cached_property
@@ -136,11 +136,13 @@ class SampleEncoder:
         return Sample(record.id, ids, labels, images, supervised - exchanges, record.origin, dropped)
 
     def _encode(self, record: Record, exchanges: int) -> tuple[list[int], list[int]]:
-        turns = record.turns[: 2 * exchanges]
+        turns = [*record.preface, *record.turns[: 2 * exchanges]]
         for token in self.control_tokens:
             if any(token in turn.text for turn in turns):
                 raise RecordError(f"{record.origin}: the text holds {token}, a control token.", "reserved_text")
-        return self.processor.encode_conversation(self._messages(turns))
+        ids, mask = self.processor.encode_conversation(self._messages(turns))
+        end = len(mask) - mask[::-1].index(1) if 1 in mask else 0  # behind it stands but a line break of the template
+        return (ids[:end], mask[:end]) if end <= self.max_seq_len < len(ids) else (ids, mask)
 
     def _messages(self, turns: Iterable[Turn]) -> list[Message]:
         token = self.processor.image_token

@@ -3,12 +3,13 @@
 Two schemas: {"id", "image": str or list, "conversations": [{"from", "value"}, …]} of LLaVA-Pretrain and
 LLaVA-Instruct ("messages" with "role" and "content" is read too), and {"image", "caption" or "text"}.
 A user's text holds one "<image>" per picture. Where all are missing they are put before the first
-user turn, each on a line of its own, as LLaVA does; any other mismatch is an error.
+user turn, each on a line of its own, as LLaVA does; any other mismatch is an error. A system's turn may come first.
 """
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,17 @@ MAX_TEXT_CHARACTERS = 1_000_000  # of one turn
 MAX_IMAGES = 64
 MAX_ID_CHARACTERS = 500
 
-Role = Literal["user", "assistant"]
-ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+Role = Literal["user", "assistant", "system"]
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+
+# Before an answer stands a line break. More of them would make one token with it, other than what generation reads.
+_BLANK_LINES = re.compile(r"\A\s*[\r\n]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +105,12 @@ class Record:
     turns: tuple[Turn, ...]
     images: tuple[ImageRef, ...]
     origin: str  # "file:line" or "file[index]", for messages
+    system: str | None = None  # what stands before the first turn
+
+    @property
+    def preface(self) -> tuple[Turn, ...]:
+        """The system's turn, where there is one."""
+        return () if self.system is None else (Turn("system", self.system),)
 
 
 def parse_record(
@@ -115,8 +131,10 @@ def parse_record(
     refs = tuple(_image_refs(tree, origin, image_root) if images is None else images)
     if len(refs) > MAX_IMAGES:
         raise RecordError(f"{origin} names {len(refs)} pictures; at most {MAX_IMAGES} are read.", "too_large")
-    turns = _place_marks(_turns(tree, origin, has_image=bool(refs)), len(refs), origin)
-    return Record(_record_id(tree, key, turns, refs, image_root), turns, refs, origin)
+    preface, turns = _turns(tree, origin, has_image=bool(refs))
+    placed = _place_marks(turns, len(refs), origin)
+    identity = _record_id(tree, key, [*preface, *placed], refs, image_root)
+    return Record(identity, placed, refs, origin, preface[0].text if preface else None)
 
 
 def resolve_image(name: str, image_root: str, origin: str) -> ImageRef:
@@ -141,15 +159,19 @@ def _image_refs(tree: Mapping[str, Any], origin: str, image_root: str) -> list[I
     return [resolve_image(name, image_root, origin) for name in names]
 
 
-def _turns(tree: Mapping[str, Any], origin: str, has_image: bool) -> list[Turn]:
+def _turns(tree: Mapping[str, Any], origin: str, has_image: bool) -> tuple[list[Turn], list[Turn]]:
+    """The system's turn, if there is one, and the others."""
     messages = tree.get("conversations", tree.get("messages"))
     if messages is None:
-        return _caption_turns(tree, origin, has_image)
+        return [], _caption_turns(tree, origin, has_image)
     if not isinstance(messages, list):
         raise RecordError(f'{origin}: "conversations" must be a list.', "bad_conversation")
     if len(messages) > MAX_TURNS:
         raise RecordError(f"{origin} has {len(messages)} turns; at most {MAX_TURNS} are read.", "too_large")
     turns = [_turn(message, origin) for message in messages]
+    preface = [turns.pop(0)] if turns and turns[0].role == "system" else []
+    if any(IMAGE_MARK in turn.text for turn in preface):
+        raise RecordError(f"{origin}: the system's turn holds {IMAGE_MARK}.", "placeholder_count")
     # As LLaVA does: an answer before the first question, and a question after the last answer, are left out.
     while turns and turns[0].role == "assistant":
         turns.pop(0)
@@ -162,7 +184,7 @@ def _turns(tree: Mapping[str, Any], origin: str, has_image: bool) -> list[Turn]:
     for index, turn in enumerate(turns):
         if turn.role == "assistant" and not turn.text.strip():
             raise RecordError(f"{origin}: answer {index // 2 + 1} is empty.", "no_labels")
-    return turns
+    return preface, turns
 
 
 def _caption_turns(tree: Mapping[str, Any], origin: str, has_image: bool) -> list[Turn]:
@@ -185,7 +207,8 @@ def _turn(message: Any, origin: str) -> Turn:
         raise RecordError(f"{origin}: the speaker {str(speaker)[:40]!r} is none of {known}.", "bad_conversation")
     if not isinstance(text, str):
         raise RecordError(f"{origin}: the text of a turn must be a string.", "bad_conversation")
-    return Turn(ROLES[speaker], _checked_text(text, origin))
+    role, text = ROLES[speaker], _checked_text(text, origin)
+    return Turn(role, _BLANK_LINES.sub("", text) if role == "assistant" else text)
 
 
 def _checked_text(text: str, origin: str) -> str:

@@ -238,8 +238,9 @@ def _load_requests(
         except ImageError as error:
             errors[record.id] = error.reason
             continue
-        content = question.replace(IMAGE_MARK, image_token)
-        requests[record.id] = Request([{"role": "user", "content": content}], images)
+        turns = [*record.preface, record.turns[0]]
+        messages = [{"role": turn.role, "content": turn.text.replace(IMAGE_MARK, image_token)} for turn in turns]
+        requests[record.id] = Request(messages, images)
     return requests, errors
 
 

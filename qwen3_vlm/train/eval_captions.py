@@ -155,7 +155,8 @@ def _request(talk: _Talk, number: int, said: Sequence[str] | None, processor: An
     texts = [turn.text.replace(IMAGE_MARK, processor.image_token) for turn in turns]
     if said is not None:
         texts[1::2] = said[:number]
-    messages = [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
+    messages = [{"role": turn.role, "content": turn.text} for turn in talk.record.preface]
+    messages += [{"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)]
     shown = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     return Request(messages, talk.pictures[:shown])
 
