@@ -2,6 +2,7 @@
 
     DIR/train.json      about pictures of the training set
     DIR/heldout.json    about two pictures each of which shows a pair of objects that training never shows together
+    DIR/text.json       conversations without pictures (see mixed_text)
 
 What is asked and answered follows from the captions alone, so it is right where they are. Before a pair of pictures
 is chosen it is decided what will be asked, and what the answer is to be: each answer of a form is then as frequent as
@@ -11,34 +12,44 @@ their paths are relative to the data set's folder (`data.image_root`).
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_vlm.demo.facts import read_facts
+from qwen3_vlm.demo.mixed_text import llava_texts
 from qwen3_vlm.demo.questions import COUNTS
 from qwen3_vlm.demo.world import BACKGROUND_WORDS, NAMES, SIZE_WORDS
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.storage import atomic_directory
 
-Kind = Literal["colour", "count", "object", "which"]
-KINDS: tuple[Kind, ...] = ("colour", "count", "object", "which")
+Kind = Literal["colour", "count", "object", "which", "presence"]
+KINDS: tuple[Kind, ...] = ("colour", "count", "object", "which")  # that are judged
+# Of the training conversations: what is hard to learn comes more often, and `is there a cow in the first picture` is a
+# step on the way to `which picture shows a cow`.
+TRAINING_MIX: dict[Kind, float] = {"which": 2.0, "count": 1.2, "presence": 0.8, "object": 0.6, "colour": 0.4}
 POSITIONS = ("first", "second")
-TURNS = 3
+TURNS, TRAINING_TURNS = 3, 5
 NONE = "none"
 _IMAGE = "<image>"
 _FOLLOW_UPS = 0.3  # share of the conversations in which a question is put again, about the other picture
 _SHOWN_LATER = 0.5  # of the conversations that begin with a question about the first picture: the second comes later
-_PLANS, _TRIES = 30, 300  # sets of questions that are tried, and pictures for each of them
+_PLANS, _PAIRS, _TRIES = (
+    100,
+    40,
+    300,
+)  # sets of questions that are tried, pairs for each, pictures for each place in them
 
 
 @dataclass(frozen=True)
 class TalkSizes:
     """How many conversations."""
 
-    train: int = 12_000
+    train: int = 8_000
     heldout: int = 400
+    texts: int = 2_000
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,10 @@ class Picture:
         alone = len(facts.mentions) == 1
         return cls(path, objects, facts.background, "" if alone else facts.places[0])
 
-    def shows(self, name: str) -> bool:
-        """Whether one of the objects is a `name`."""
-        return any(name == other for other, _ in self.objects)
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of the objects."""
+        return frozenset(name for name, _ in self.objects)
 
     def count(self, size: str | None) -> int:
         """How many objects there are, of that size or at all."""
@@ -86,6 +98,7 @@ class Asked:
 class Form:
     """A question that is going to be asked: `ask` gives it with its answer, or None where the pair does not fit."""
 
+    theme: str  # "" where the question can be put again about something else
     about: int | None
     ask: Callable[[Pair, random.Random], Asked | None]
 
@@ -94,7 +107,7 @@ def colour(about: int, again: bool = False) -> Form:
     """`what colour is the background of the first picture`."""
     place = f"of the {POSITIONS[about]} picture"
     question = f"and {place}" if again else f"what colour is the background {place}"
-    return Form(about, lambda pair, rng: Asked("colour", question, pair[about].background, about))
+    return Form(f"colour {about}", about, lambda pair, rng: Asked("colour", question, pair[about].background, about))
 
 
 def count(about: int, size: str | None, answer: str, again: bool = False) -> Form:
@@ -108,7 +121,7 @@ def count(about: int, size: str | None, answer: str, again: bool = False) -> For
         true = COUNTS.get(picture.count(size), NONE)
         return Asked("count", question, answer, about) if true == answer and (sized or size is None) else None
 
-    return Form(about, ask)
+    return Form(f"count {about}", about, ask)
 
 
 def neighbour(about: int) -> Form:
@@ -122,17 +135,31 @@ def neighbour(about: int) -> Form:
         question = f"what is {picture.relation} the {other} in the {POSITIONS[about]} picture"
         return Asked("object", question, f"a {size} {name}", about)
 
-    return Form(about, ask)
+    return Form(f"object {about}", about, ask)
+
+
+def presence(about: int, answer: str) -> Form:
+    """`is there a cow in the second picture`, where that is the answer; half the absent are in the other picture."""
+
+    def ask(pair: Pair, rng: random.Random) -> Asked | None:
+        shown, elsewhere = pair[about].names, pair[1 - about].names - pair[about].names
+        absent = elsewhere if elsewhere and rng.random() < 0.5 else set(NAMES) - shown
+        name = rng.choice(sorted(shown if answer == "yes" else absent))
+        return Asked("presence", f"is there a {name} in the {POSITIONS[about]} picture", answer, about)
+
+    return Form("", about, ask)
 
 
 def which_shows(answer: str) -> Form:
     """`which picture shows a cow`, where that is the answer."""
 
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
-        names = [name for name in NAMES if _which(*(picture.shows(name) for picture in pair)) == answer]
+        first, second = (picture.names for picture in pair)
+        fitting = {"first": first - second, "second": second - first, "both": first & second}
+        names = sorted(fitting.get(answer) or (set(NAMES) - first - second if answer == "neither" else ()))
         return Asked("which", f"which picture shows a {rng.choice(names)}", answer, None) if names else None
 
-    return Form(None, ask)
+    return Form("", None, ask)
 
 
 def which_background(answer: str) -> Form:
@@ -142,7 +169,7 @@ def which_background(answer: str) -> Form:
         words = [w for w in BACKGROUND_WORDS if _which(*(picture.background == w for picture in pair)) == answer]
         return Asked("which", f"which picture has a {rng.choice(words)} background", answer, None) if words else None
 
-    return Form(None, ask)
+    return Form("", None, ask)
 
 
 def which_has_more(answer: str) -> Form:
@@ -153,7 +180,7 @@ def which_has_more(answer: str) -> Form:
         true = _which(first > second, second > first)
         return Asked("which", "which picture has more objects", answer, None) if true == answer else None
 
-    return Form(None, ask)
+    return Form("more", None, ask)
 
 
 def _which(first: bool, second: bool) -> str:
@@ -161,29 +188,35 @@ def _which(first: bool, second: bool) -> str:
 
 
 class Talks:
-    """An endless, repeatable stream of conversations about pairs of these pictures."""
+    """An endless, repeatable stream of conversations about pairs of these pictures.
 
-    def __init__(self, pictures: Sequence[Picture], seed: str) -> None:
-        self.pictures, self.rng = pictures, random.Random(seed)
+    Args:
+        mix: how often each kind of question comes, in conversations of `TRAINING_TURNS`; None: `TURNS` different kinds,
+            each as often as the others.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], seed: str, mix: Mapping[Kind, float] | None = None) -> None:
+        self.pictures, self.rng, self.mix = pictures, random.Random(seed), mix
         sizes = {picture.count(None) for picture in pictures}
         self.totals = tuple(word for number, word in COUNTS.items() if number in sizes)
 
     def next(self) -> tuple[Pair, tuple[Asked, ...]]:
-        """Two different pictures, and `TURNS` questions about them with their answers.
+        """Two different pictures, and different questions about them with their answers.
 
         Raises:
             DataError: no pair of the pictures fits any of the questions that came up.
         """
         for _ in range(_PLANS):
             forms = self._forms()
-            for _ in range(_TRIES):
+            for _ in range(_PAIRS):
                 first, second = self._fitting(forms, 0), self._fitting(forms, 1)
                 if first is None or second is None:
                     break  # "one object" and "what is left of …" can't be asked of the same picture
                 pair = first, second
                 asked = [form.ask(pair, self.rng) for form in forms]
-                if first != second and all(asked):
-                    return pair, tuple(filter(None, asked))
+                found = tuple(item for item in asked if item)
+                if first != second and len({item.question for item in found}) == len(forms):
+                    return pair, found
         raise DataError(f"No two of {len(self.pictures)} pictures fit a conversation. Give more of them.")
 
     def _fitting(self, forms: Sequence[Form], about: int) -> Picture | None:
@@ -196,14 +229,21 @@ class Talks:
         return None
 
     def _forms(self) -> list[Form]:
-        kinds = self.rng.sample(KINDS, TURNS)
         forms: list[Form] = []
         again: Form | None = None
-        for kind in kinds:
+        for kind in self._kinds():
             form, other = self._form(kind)
-            forms.append(again or form)
+            form = again or form
+            if form.theme and form.theme in {other.theme for other in forms}:
+                return self._forms()
+            forms.append(form)
             again = other if not again and other and self.rng.random() < _FOLLOW_UPS else None
         return forms
+
+    def _kinds(self) -> list[Kind]:
+        if self.mix is None:
+            return self.rng.sample(KINDS, TURNS)
+        return self.rng.choices(tuple(self.mix), tuple(self.mix.values()), k=TRAINING_TURNS)
 
     def _form(self, kind: Kind) -> tuple[Form, Form | None]:
         """What to ask, and the same about the other picture as a follow-up, where there is one."""
@@ -218,6 +258,8 @@ class Talks:
             return count(about, size, rng.choice(answers)), count(1 - about, size, rng.choice(answers), again=True)
         if kind == "object":
             return neighbour(about), None
+        if kind == "presence":
+            return presence(about, rng.choice(("yes", "no"))), None
         make = rng.choice((which_shows, which_shows, which_background, which_has_more))
         answers = (*POSITIONS, "neither") if make is which_has_more else (*POSITIONS, "neither", "both")
         return make(rng.choice(answers)), None
@@ -262,12 +304,19 @@ def write_conversations(data: Path, folder: Path, sizes: TalkSizes | None = None
     if (folder / "stamp.json").is_file() and (folder / "stamp.json").read_text(encoding="utf-8") == stamp:
         return folder
     with atomic_directory(folder) as temporary:
-        for part, source, number in (("train", "train", sizes.train), ("heldout", "heldout_unseen", sizes.heldout)):
-            talks = Talks(read_pictures(data / f"{source}.json"), f"{part}-{seed}")
-            records = [_record(f"talk-{part}-{index:06d}", talks) for index in range(number)]
-            (temporary / f"{part}.json").write_text(json.dumps(records, indent=0), encoding="utf-8")
+        for part, source, number, mix in (
+            ("train", "train", sizes.train, TRAINING_MIX),
+            ("heldout", "heldout_unseen", sizes.heldout, None),
+        ):
+            talks = Talks(read_pictures(data / f"{source}.json"), f"{part}-{seed}", mix)
+            _write(temporary / f"{part}.json", [_record(f"talk-{part}-{index:06d}", talks) for index in range(number)])
+        _write(temporary / "text.json", list(llava_texts(f"text-{seed}", sizes.texts)))
         (temporary / "stamp.json").write_text(stamp, encoding="utf-8")
     return folder
+
+
+def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text(json.dumps(records, indent=0), encoding="utf-8")
 
 
 def _record(identity: str, talks: Talks) -> dict[str, Any]:

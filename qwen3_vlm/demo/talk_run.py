@@ -124,6 +124,7 @@ def talk_config(out: Path, connector: Path) -> RunConfig:
         "model.connector": connector,
         "data.train": [str(out / "talk" / "train.json"), str(out / "data" / "train.json")],
         "data.eval": [str(out / "talk" / "heldout.json")],
+        "text.files": [str(out / "talk" / "text.json")],
         "data.image_root": out / "data",
         "data.feature_cache": out / "features",
         "output_dir": out / "talk_run",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import islice
@@ -15,6 +16,9 @@ from hypothesis import strategies as st
 from qwen3_vlm.data.captions import IMAGE_MARK, open_records
 from qwen3_vlm.demo.conversations import (
     KINDS,
+    TRAINING_MIX,
+    TRAINING_TURNS,
+    TURNS,
     Picture,
     Talks,
     TalkSizes,
@@ -23,11 +27,13 @@ from qwen3_vlm.demo.conversations import (
     write_conversations,
 )
 from qwen3_vlm.demo.dataset import DemoSizes, build
+from qwen3_vlm.demo.mixed_text import MAX_BYTES
 from qwen3_vlm.demo.world import BACKGROUND_WORDS, COLUMNS, NAMES, ROWS, Scene, scenes
 from qwen3_vlm.errors import DataError
+from qwen3_vlm.evaluate.text_suite import TEXTS
 
 NUMBERS = ("none", "one", "two", "three")
-SIZES = TalkSizes(train=60, heldout=40)
+SIZES = TalkSizes(train=60, heldout=40, texts=60)
 
 
 def pictures_of(stream: Sequence[Scene]) -> list[Picture]:
@@ -62,6 +68,9 @@ def true_answer(question: str, before: str, shown: Sequence[Scene]) -> str:
         return which([any(thing.name == found[1] for thing in scene.things) for scene in shown])
     if found := re.fullmatch(r"which picture has a (\w+) background", question):
         return which([scene.background == found[1] for scene in shown])
+    if found := re.fullmatch(r"is there a (\w+) in the (first|second) picture", question):
+        scene = shown[found[2] == "second"]
+        return "yes" if found[1] in {thing.name for thing in scene.things} else "no"
     numbers = [len(scene.things) for scene in shown]
     if question == "which picture has more objects":
         return which([numbers[0] > numbers[1], numbers[1] > numbers[0]])
@@ -98,15 +107,15 @@ def folder(data: Path) -> Path:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(), unseen=st.booleans())
-def test_every_answer_is_true_of_the_scenes_themselves(seed: int, unseen: bool) -> None:
+@given(seed=st.integers(), unseen=st.booleans(), training=st.booleans())
+def test_every_answer_is_true_of_the_scenes_themselves(seed: int, unseen: bool, training: bool) -> None:
     pictures, known = (UNSEEN_PICTURES, UNSEEN) if unseen else (PICTURES, SCENES)
-    talks = Talks(pictures, str(seed))
+    talks = Talks(pictures, str(seed), TRAINING_MIX if training else None)
     for _ in range(5):
         pair, asked = talks.next()
         check_answers([(item.question, item.answer) for item in asked], [known[int(it.path[:-4])] for it in pair])
         assert pair[0] != pair[1]
-        assert len({item.question for item in asked}) == len(asked) == 3
+        assert len({item.question for item in asked}) == len(asked) == (TRAINING_TURNS if training else TURNS)
 
 
 def test_every_kind_is_asked_and_no_answer_can_be_guessed() -> None:
@@ -146,12 +155,24 @@ def test_the_importer_of_a_users_own_data_reads_them(data: Path, folder: Path) -
     shown = Counter()
     for record in records:
         marks = [turn.text.count(IMAGE_MARK) for turn in record.turns]
-        assert (len(record.turns), len(record.images), sum(marks)) == (6, 2, 2)
+        turns = TRAINING_TURNS if "train" in record.id else TURNS
+        assert (len(record.turns), len(record.images), sum(marks)) == (2 * turns, 2, 2)
         assert marks[0] == 2 or marks[:3] == [1, 0, 1]
         shown[marks[0]] += 1
         for ref in record.images:
             ref.check_present()
     assert min(shown[1], shown[2]) > 10, "the second picture comes at once, or with the second question"
+
+
+def test_text_stands_beside_them_of_many_alphabets_and_in_no_test(data: Path, folder: Path) -> None:
+    records = open_records([str(folder / "text.json")], str(data))
+    assert len(records) == 60
+    assert max(sum(len(turn.text.encode()) for turn in record.turns) for record in records) <= MAX_BYTES
+    assert not any(record.images for record in records)
+    whole = " ".join(turn.text for record in records for turn in record.turns)
+    alphabets = {unicodedata.name(letter, "").split()[0] for letter in whole if letter.isalpha()}
+    assert {"LATIN", "CYRILLIC", "ARABIC", "CJK", "HANGUL"} <= alphabets
+    assert not any(text[:20] in whole for text in TEXTS), "the suite on which drift is measured is not trained on"
 
 
 def test_before_the_second_picture_is_shown_nothing_is_asked_of_it(folder: Path) -> None:
@@ -165,12 +186,12 @@ def test_before_the_second_picture_is_shown_nothing_is_asked_of_it(folder: Path)
 def test_conversations_follow_from_their_seed_and_are_kept(data: Path, folder: Path, tmp_path: Path) -> None:
     again = write_conversations(data, tmp_path / "again", SIZES)
     other = write_conversations(data, tmp_path / "other", SIZES, seed=1)
-    for name in ("train.json", "heldout.json"):
+    for name in ("train.json", "heldout.json", "text.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes() != (other / name).read_bytes()
     before = (again / "train.json").stat().st_mtime_ns
     write_conversations(data, tmp_path / "again", SIZES)
     assert (again / "train.json").stat().st_mtime_ns == before
-    write_conversations(data, tmp_path / "again", TalkSizes(train=5, heldout=5))
+    write_conversations(data, tmp_path / "again", TalkSizes(train=5, heldout=5, texts=5))
     assert len(json.loads((again / "train.json").read_text(encoding="utf-8"))) == 5
 
 

@@ -50,7 +50,7 @@ def small(config: RunConfig) -> RunConfig:
 def test_it_writes_conversations_trains_talks_and_says_what_falls_short(
     out: Path, connector: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(talk_run, "SIZES", TalkSizes(train=12, heldout=6))
+    monkeypatch.setattr(talk_run, "SIZES", TalkSizes(train=12, heldout=6, texts=8))
     monkeypatch.setattr(talk_run, "talk_config", lambda *paths: small(talk_config(*paths)))
     console = Console(record=True, width=120)
     with pytest.raises(GateError, match=r"gate .*answers \(all\) .* < 80%.*answers \(colour\)"):
@@ -77,7 +77,13 @@ def test_it_writes_conversations_trains_talks_and_says_what_falls_short(
 def test_the_configuration_starts_from_stage_1_and_points_below_the_runs_folder(out: Path, connector: Path) -> None:
     config = talk_config(out, connector)
     assert config.model.connector == str(connector)
-    inside = [*config.data.train, *config.data.eval, config.data.image_root, config.data.feature_cache]
+    inside = [
+        *config.data.train,
+        *config.data.eval,
+        *config.text.files,
+        config.data.image_root,
+        config.data.feature_cache,
+    ]
     assert all(Path(str(path)).is_relative_to(out) for path in [*inside, config.output_dir])
 
 
