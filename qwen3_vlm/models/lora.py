@@ -15,7 +15,7 @@ Shapes: r rank, D widths.
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,33 @@ def lora_parameters(trunk: nn.Module, name: str = NAME) -> dict[str, nn.Paramete
 def use_lora(trunk: nn.Module, name: str | None) -> None:
     """Let one adapter act, or none: then the trunk is the base's, to the bit. For answering; all of them are frozen.
 
-    Only layers that stand otherwise are touched, so that calling it before every pass costs next to nothing.
-
     Raises:
         ModelError: there is no adapter of that name.
     """
+    require_lora(trunk, name)
+    switch_lora(lora_layers(trunk), name)
+
+
+def lora_layers(module: nn.Module) -> list[Any]:
+    """The layers that have adapters, PEFT's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def require_lora(trunk: nn.Module, name: str | None) -> None:
+    """Refuse a name that no adapter has; None is none.
+
+    Raises:
+        ModelError: tells the names that there are.
+    """
     if name is not None and name not in lora_names(trunk):
         raise ModelError(f"There is no adapter {name!r}; there are {', '.join(lora_names(trunk)) or 'none'}.")
-    for layer in _lora_layers(trunk):
+
+
+def switch_lora(layers: Sequence[Any], name: str | None) -> None:
+    """`use_lora` for the layers of a trunk, found once with `lora_layers`; those that stand so are not touched."""
+    for layer in layers:
         if name is None:
             if not layer.disable_adapters:
                 layer.enable_adapters(False)
@@ -130,7 +149,7 @@ def use_lora(trunk: nn.Module, name: str | None) -> None:
 @contextmanager
 def without_lora(module: nn.Module) -> Iterator[None]:
     """The model as it is without its adapters, to the bit."""
-    layers = _lora_layers(module)
+    layers = lora_layers(module)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -235,12 +254,6 @@ def _linear_layers(trunk: nn.Module) -> list[str]:
         for name, module in trunk.named_modules()
         if name in wrapped or (isinstance(module, nn.Linear) and not name.startswith(inside))
     ]
-
-
-def _lora_layers(module: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def _scale(trunk: Any, name: str) -> float:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen3_vlm.errors import ModelError
-from qwen3_vlm.models.lora import lora_names, lora_parameters, use_lora
+from qwen3_vlm.models.lora import lora_layers, lora_names, lora_parameters, require_lora, switch_lora
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
@@ -44,6 +44,7 @@ class AdapterSwitch:
 
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk = trunk
+        self._layers = lora_layers(trunk)
         self._lock = RLock()
 
     @property
@@ -52,13 +53,9 @@ class AdapterSwitch:
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Inside, the decoder has this adapter, or none; others wait.
-
-        Raises:
-            ModelError: there is no adapter of that name.
-        """
+        """Inside, the decoder has this adapter, or none; others wait."""
         with self._lock:
-            use_lora(self.trunk, name)
+            switch_lora(self._layers, name)
             yield
 
 
@@ -156,7 +153,7 @@ class OmniModel:
         self._token_lm = token_lm.eval()
         self._switch = AdapterSwitch(trunk)
         for name in (sees_with, speaks_with):
-            self._require_adapter(name)
+            require_lora(trunk, name)
         self.sees_with = sees_with
         self.speaks_with = speaks_with
 
@@ -227,15 +224,11 @@ class OmniModel:
         return {"llm": whole - sum(sizes.values()), **sizes}
 
     def _view(self, kind: type[_View], model: nn.Module, adapter: str | None) -> _View:
-        self._require_adapter(adapter)
+        require_lora(self._switch.trunk, adapter)
         view = kind.__new__(kind)
         vars(view).update(vars(model))  # the same modules and parameters, in the same tables
         view.adapters, view.adapter = self._switch, adapter
         return view
-
-    def _require_adapter(self, name: str | None) -> None:
-        if name is not None and name not in self.adapters:
-            raise ModelError(f"There is no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}.")
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwen3_vlm.errors import AddOnError, ConfigError
+from qwen3_vlm.errors import AddOnError, BaseMismatchError, ConfigError
 from qwen3_vlm.fingerprint import differences
 from qwen3_vlm.models.add_on_files import named_dtype, refuse_differences
 from qwen3_vlm.models.bases import load_strictly
@@ -62,8 +62,7 @@ def load_omni(
     info = read_rows_info(folder)
     check_layout(folder, info)
     opened = open_connector(connector, llm, vision_tower, trust_remote_code=trust_remote_code)
-    lines = differences(opened.info["llm"]["fingerprint"], info["base_fingerprint"], "LLM")
-    refuse_differences(f"{folder} (rows, compared with the connector {opened.folder})", lines)
+    _require_one_base(opened, folder, info)
     require_base_files(folder, info, opened.llm, trust_remote_code=trust_remote_code)
     found = _adapters(opened, folder, info, adapters or {})
     base_dtype = _common_dtype(dtype, opened.info, info)
@@ -80,6 +79,15 @@ def load_omni(
     for model in (vlm, token_lm):
         model.requires_grad_(False)
     return omni if device is None else omni.to(device)
+
+
+def _require_one_base(opened: OpenedConnector, rows: Path, info: Mapping[str, Any]) -> None:
+    lines = differences(info["base_fingerprint"], opened.info["llm"]["fingerprint"], "LLM")
+    if lines:
+        raise BaseMismatchError(
+            f"The rows {rows} were made for another base than the connector {opened.folder}, which is the one here:\n  "
+            + "\n  ".join(lines)
+        )
 
 
 def _common_dtype(
