@@ -102,6 +102,7 @@ def start_run(config: RunConfig, lock: FolderLock, cache_dir: Path | None = None
     recipe, stage = make_recipe(config, accelerator, folder), get_stage(config.stage)
 
     recipe.check()
+    torch.manual_seed(config.seed)  # of dropout, too
     model = recipe.build()
     table = apply_stage(model, stage)
     log.say("\n".join([f"{config.stage}: {stage.purpose}", format_table(table), *([remark] if remark else [])]))
