@@ -18,8 +18,12 @@ def evaluate(
     checkpoint: Annotated[int | None, typer.Option(help="Step of a checkpoint; else the finished add-on.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out records of each task to generate for.")] = 200,
     gates: Annotated[bool, typer.Option(help="Measure the gates again, too.")] = True,
-    temperature: Annotated[float, typer.Option(min=0, help="Of what is generated; 0: the likeliest id.")] = 0.0,
-    guidance: Annotated[float, typer.Option(help="Beyond 1: how far from what an empty text would give.")] = 1.0,
+    sounds: Annotated[
+        int | None, typer.Option(min=1, help="The same where sounds are made; hearing takes long.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of pictures and sounds; 0: the likeliest id.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Of pictures and sounds.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Beyond 1: how far from what an empty source would give.")] = 1.0,
     vision_tower: Annotated[
         str | None, typer.Option(help="SigLIP tower that judges pictures; else the config's, where it is a folder.")
     ] = None,
@@ -36,7 +40,7 @@ def evaluate(
     from qwen3_vlm.train.eval_run import evaluate_run
 
     logging.disable_progress_bar()
-    options = EvalOptions(samples, gates, temperature, guidance, vision_tower, recogniser, language)
+    options = EvalOptions(samples, gates, temperature, guidance, vision_tower, recogniser, language, top_p, sounds)
     result = evaluate_run(run, checkpoint=checkpoint, config=config, overrides=overrides or (), options=options)
     for table in result.tables:
         print(table.to_text())

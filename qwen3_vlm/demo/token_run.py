@@ -81,13 +81,22 @@ def tokenize_data(out: Path, workers: int = 2) -> list[Path]:
     from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 
     UnifiedTokenizer.open(UTI_CONFIG, uti_overrides()).save(out / "space")
+    return tokenize_parts(out / "data", out / "tokens", out / "space", (*TRAINING, *HELD_OUT), workers)
+
+
+def tokenize_parts(data: Path, tokens: Path, space: Path, parts: Sequence[str], workers: int = 2) -> list[Path]:
+    """Manifests of a data set → audited shards below `tokens`, in order; what ends in "unseen" is held out, whole.
+
+    Raises:
+        DataError: an audit fails.
+    """
+    from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
+
     folders = []
-    for name in (*TRAINING, *HELD_OUT):
-        folder = out / "tokens" / name
-        fractions = {"val": float(name in HELD_OUT), "test": 0.0}
-        tokenize_manifest(
-            out / "data" / f"manifest_{name}.jsonl", folder, out / "space", workers=workers, fractions=fractions
-        )
+    for name in parts:
+        folder = tokens / name
+        fractions = {"val": float(name.endswith("unseen")), "test": 0.0}
+        tokenize_manifest(data / f"manifest_{name}.jsonl", folder, space, workers=workers, fractions=fractions)
         audit = audit_shards(folder, UnifiedTokenizer.open(folder))
         if not audit.passed:
             raise DataError(f"The audit of {folder} failed:\n{audit.table()}")

@@ -5,7 +5,7 @@ items.jsonl of `evaluate.token_golden`, eval/reference/ the references.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from PIL import Image
 
 from qwen3_vlm.errors import DataError, ModelError, RecordError
 from qwen3_vlm.evaluate.caption_languages import score_languages
+from qwen3_vlm.evaluate.decode_success import Prompt
 from qwen3_vlm.evaluate.generated_images import Encode, TowerFeatures, measure_pictures
 from qwen3_vlm.evaluate.generated_sounds import Listener, Sound, measure_speech
 from qwen3_vlm.evaluate.metrics import evaluate_loss
@@ -128,8 +129,9 @@ def judged_tasks(data: TokenSource) -> list[str]:
 def held_out(data: TokenSource, task: str, options: EvalOptions) -> list[HeldOut]:
     """The first held-out records of a task, in their fixed random order; a damaged one is passed over."""
     found: list[HeldOut] = []
+    count = options.samples_of(sequence_format(task).target)
     for index in data.held_out[task]:
-        if len(found) == options.samples:
+        if len(found) == count:
             break
         try:
             record = data.eval[int(index)]
@@ -175,12 +177,20 @@ def _generate(
 ) -> dict[str, list[TokenGoldenItem]]:
     """Task → what was generated for each record, in order."""
     assert evaluations.tokenizers is not None  # the caller has looked
-    choice = Choice(temperature=options.temperature)
-    sampling = Sampling(text=choice, image=choice, audio=choice, guidance=options.guidance)
+    choice = Choice(temperature=options.temperature, top_p=options.top_p)
+    plain, guided = (
+        evaluations.generator(Sampling(image=choice, audio=choice, guidance=guidance))
+        for guidance in (1.0, options.guidance)
+    )
+
+    def generate(prompts: Sequence[Prompt]) -> Iterable[Any]:
+        """Prompts of one task → ids. What an empty source means is known where sources were left out in training."""
+        return (guided if evaluations.source_dropout(prompts[0][0]) else plain)(prompts)
+
     shutil.rmtree(folder / REFERENCE_FOLDER, ignore_errors=True)  # they may be of other data
     items = dump_token_golden(
         evaluations.tokenizers,
-        evaluations.generator(sampling),
+        generate,
         {task: [(record.id, record.ids) for record in found] for task, found in records.items()},
         folder,
         step=step,

@@ -175,6 +175,10 @@ class TokenEvaluations:
 
         return generate
 
+    def source_dropout(self, task: str) -> float:
+        """The share of a task's samples that training left without their source."""
+        return self._data.task_config(task).source_dropout
+
     @property
     def tokenizers(self) -> UnifiedTokenizer | None:
         """What decodes; None on an idle rank, and where it can't be opened."""

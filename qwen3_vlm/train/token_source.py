@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen3_vlm.config import OptimConfig, RunConfig, TokenDataConfig
+from qwen3_vlm.config import OptimConfig, RunConfig, TaskConfig, TokenDataConfig
 from qwen3_vlm.data.collate import Batch
 from qwen3_vlm.data.encode import SkippedRecord
 from qwen3_vlm.data.loader import ordered_loader
@@ -121,6 +121,10 @@ class TokenSource:
         samples = [TaskSample(task, int(index), 0) for index in indices]
         batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
         return self._iterate(self.eval, TokenCollator(self.token_space), batches)
+
+    def task_config(self, task: str) -> TaskConfig:
+        """The settings of a task, its own or its family's."""
+        return self.config.tasks[_section(self.config, task)]
 
     def eval_records(self, task: str) -> Iterator[tuple[str, Any]]:
         """(id, global ids by modality) of the held-out records of a task; a damaged one is passed over."""
