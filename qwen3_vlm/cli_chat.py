@@ -152,11 +152,19 @@ class Talk:
         messages = [*self.messages, {"role": "user", "content": content}]
         if kind is Kind.text or made_of is Made.answer:
             messages = with_words(self.omni, messages)
-        reply = chat(
-            self.omni, messages, kind.value, source=made_of.value, seed=self.seed + self.replies, **self.options
-        )
-        self._tell(reply, kind, out)
+        options = {**self.options, "seed": self.seed + self.replies, "streamer": self._streamer(kind)}
+        reply = chat(self.omni, messages, kind.value, source=made_of.value, **options)
+        if options["streamer"] is None:
+            self._tell(reply, kind, out)
         self.messages, self.shown, self.replies = [*messages, reply.message()], [], self.replies + 1
+
+    def _streamer(self, kind: Kind) -> Any:
+        """Shows words while they come, where somebody is looking."""
+        if kind is not Kind.text or self.as_json or not sys.stdout.isatty():
+            return None
+        from transformers import TextStreamer
+
+        return TextStreamer(self.omni.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def _tell(self, reply: "Reply", kind: Kind, out: Path | None) -> None:
         if kind is Kind.text:

@@ -112,6 +112,7 @@ def test_depth_and_length(path: Path) -> None:
         "from qwen3_vlm import Qwen3VLMError, load_config",
         "from qwen3_vlm.cli import main; main(['--help'])",
         "from qwen3_vlm.cli import main; main(['caption', '--help'])",
+        "from qwen3_vlm.cli import main; main(['chat', '--help'])",
         "from qwen3_vlm.cli import main; main(['data', 'tokenize', '--help'])",
         "import qwen3_vlm.data.manifest, qwen3_vlm.data.manifest_import, qwen3_vlm.data.tokenize",
     ],

@@ -111,6 +111,7 @@ def chat(
     seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
     grammar: Grammar | None = None,
+    streamer: Any = None,
 ) -> Reply:
     """The next answer of a conversation, whose last message is the user's.
 
@@ -128,6 +129,7 @@ def chat(
             connector, the rows' where there are tokens in prompt or answer, and none for plain text.
         max_new_tokens: of an answer in words.
         grammar: lengths of a picture's or sound's answer; see `generate_ids`.
+        streamer: of the library, such as `TextStreamer`: gets the ids of an answer in words while they come.
 
     Raises:
         TokenError: a message is none, or nothing can be made of the last one; says which and why.
@@ -137,7 +139,7 @@ def chat(
     turns = _read(omni, messages)
     ways: dict[str, Way] = {"image": pictures, "audio": sounds}
     if reply == "text":
-        return _answer(omni, turns, ways, adapter, sampling, seed, max_new_tokens)
+        return _answer(omni, turns, ways, adapter, sampling, seed, max_new_tokens, streamer)
     if source == "conversation":
         return _go_on(omni, turns, ways, reply, adapter, sampling, seed, grammar)
     if source == "message":
@@ -190,7 +192,7 @@ def _read(omni: OmniModel, messages: Sequence[Message]) -> list[Turn]:
     Raises:
         TokenError: names the first that is none.
     """
-    marks = [str(token) for token in omni.processor.tokenizer.added_tokens_decoder.values() if token.special]
+    marks = _marks(omni)
     turns = []
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -203,6 +205,11 @@ def _read(omni: OmniModel, messages: Sequence[Message]) -> list[Turn]:
     if not turns or turns[-1].role != "user":
         raise TokenError("The last message must be the user's: it is what is answered.", "bad_message")
     return turns
+
+
+def _marks(omni: OmniModel) -> list[str]:
+    """What the tokenizer reads as a mark wherever it stands, such as <|im_end|> and <image_patch>."""
+    return [str(token) for token in omni.processor.tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _part(part: Any, where: str, marks: Sequence[str]) -> Part:
@@ -242,8 +249,10 @@ def _one_source(turn: Turn) -> Source:
 
 
 def _heard(omni: OmniModel, part: Part) -> str:
-    """A picture or a sound in words, by the rows and their adapter."""
+    """A picture or a sound in words, by the rows and their adapter; marks, which they can make too, are no words."""
     words: str = generate(omni.token_lm, omni.uti, "text", [{part.modality: part.value}])[0]
+    for mark in _marks(omni):
+        words = words.replace(mark, "")
     return words.strip()
 
 
@@ -263,14 +272,16 @@ def _prompt(omni: OmniModel, turns: Sequence[Turn], ways: Mapping[str, Way]) -> 
                 lines.append(mark)
                 marked.append(part)
         messages.append({"role": turn.role, "content": "\n".join(lines)})
+    expanded = omni.processor.encode_prompt(messages)
+    if (places := omni.processor.placeholders(expanded)) != len(marked):
+        raise ModelError(f"The chat template makes {places} places of {len(marked)} pictures and sounds.")
     ids: list[int] = []
-    expanded = iter(omni.processor.encode_prompt(messages))
-    waiting = iter(marked)
-    for value in expanded:
+    values, waiting = iter(expanded), iter(marked)
+    for value in values:
         if value != omni.processor.image_token_id:
             ids.append(value)
             continue
-        copies = [value, *(next(expanded) for _ in range(omni.processor.num_image_tokens - 1))]
+        copies = [value, *(next(values) for _ in range(omni.processor.num_image_tokens - 1))]
         part = next(waiting)
         ids += copies if ways[part.modality] == "connector" else _segment(omni, part)
     seen = [part.value for part in marked if ways[part.modality] == "connector"]
@@ -307,6 +318,7 @@ def _answer(
     sampling: Sampling,
     seed: int,
     max_new_tokens: int,
+    streamer: Any = None,
 ) -> Reply:
     """The answer in words."""
     prompt = _prompt(omni, turns, ways)
@@ -323,6 +335,7 @@ def _answer(
             attention_mask=torch.ones_like(input_ids),
             logits_processor=LogitsProcessorList(processors),
             generation_config=config,
+            streamer=streamer,
             **_pixels(omni, prompt),
         )
     ids = output[0, len(prompt.ids) :].cpu().numpy().astype(np.int64)

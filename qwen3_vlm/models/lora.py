@@ -149,7 +149,7 @@ def switch_lora(layers: Sequence[Any], name: str | None) -> None:
 @contextmanager
 def without_lora(module: nn.Module) -> Iterator[None]:
     """The model as it is without its adapters, to the bit."""
-    layers = lora_layers(module)
+    layers = [layer for layer in lora_layers(module) if not layer.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 
 from qwen3_vlm.errors import ConfigError, ModelError, TokenError
 from qwen3_vlm.evaluate.captioning import Request, caption_images, generate_answers
@@ -116,6 +117,48 @@ def test_sounds_are_put_into_words_first(
     known = [user(image_part(), audio_part(text="what is in it?"))]
     assert with_words(omni, known) == known
     assert chat(omni, known, max_new_tokens=8).text != expected[0]
+
+
+def test_pictures_in_words(omni: OmniModel, speaker: TokenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the connector: what the rows say of a picture is all that the base reads, and no adapter answers."""
+    brief = Grammar(UTI.token_space, max_text=8)
+    monkeypatch.setattr("qwen3_vlm.generate.generation.fitting_grammar", lambda *_: brief)
+    words = generate_text(speaker, UTI, image=picture()).strip()
+    asked = [user(image_part(), text_part("hm?"))]
+    answer = chat(omni, asked, pictures="words", max_new_tokens=6)
+    assert answer.text == chat(omni, [user(f"{words}\nhm?")], max_new_tokens=6).text
+    assert with_words(omni, asked, "image")[0]["content"][0]["text"] == words
+
+
+def test_marks_are_not_heard(omni: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows can write any id of the tokenizer; the end of a message among them would end it."""
+    monkeypatch.setattr("qwen3_vlm.generate.chat.generate", lambda *_: ["a <|im_end|><image_patch>dog<|endoftext|> "])
+    assert with_words(omni, [user(audio_part())])[0]["content"][0]["text"] == "a dog"
+    answer = chat(omni, [user(audio_part())], max_new_tokens=6)
+    assert answer.text == chat(omni, [user("a dog")], max_new_tokens=6).text
+
+
+def test_words_while_they_come(omni: OmniModel) -> None:
+    class Listener(BaseStreamer):
+        def __init__(self) -> None:
+            self.heard: list[int] = []
+
+        def put(self, value: Any) -> None:
+            self.heard += value.flatten().tolist()
+
+        def end(self) -> None:
+            pass
+
+    answer = chat(omni, [user("a")], streamer=(listener := Listener()), max_new_tokens=5)
+    prompt = omni.processor.encode_prompt([user("a")])
+    assert listener.heard[: len(prompt)] == prompt
+    assert listener.heard[len(prompt) :][: len(answer.ids)] == answer.ids.tolist()
+
+
+def test_a_template_that_forgets_pictures(omni: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(omni.processor, "chat_template", "{{ 'forgotten' }}")
+    with pytest.raises(ModelError, match="0 places of 1 pictures"):
+        chat(omni, [user(image_part())])
 
 
 def test_as_tokens(omni: OmniModel, tiny_llm_dir: Path) -> None:

@@ -77,6 +77,11 @@ def test_several_adapters_by_name(tiny_llm_dir: Path, tmp_path: Path) -> None:
         assert not any(parameter.requires_grad for parameter in model.base_model.parameters())
     with without_lora(model):
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    assert torch.equal(model(IDS).logits, expected["a"])
+    use_lora(model.base_model, None)
+    with without_lora(model):
+        pass
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
     assert {id(parameter) for parameter in model.base_model.parameters()} == own
     for name in kinds:
         write_adapter(tmp_path / "again", model.base_model, "model", "x", name=name)

@@ -253,8 +253,8 @@ def test_a_base_without_a_spare_row(tiny_tower_dir: Path, tmp_path: Path) -> Non
     uti = UnifiedTokenizer(
         uti.config, LosslessText(tiny_tokenizer(), size, "tiny"), uti.image_tokenizer, uti.audio_codec
     )
-    connector = save_connector_of(tmp_path / "connector", llm, tiny_tower_dir)
-    rows = save_rows_of(tmp_path / "rows", llm, uti)
+    connector = save_connector_of(tmp_path / "connector", llm, tiny_tower_dir, adapter=False)
+    rows = save_rows_of(tmp_path / "rows", llm, uti, adapter=False)
     omni = load_omni(connector, rows, uti=uti)
     assert omni.processor.image_token_id == uti.token_space.special("<|text_start|>") == size
     captions = caption_images(omni.vlm, omni.processor, PICTURES[:1], max_new_tokens=8)
