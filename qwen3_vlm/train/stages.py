@@ -114,13 +114,16 @@ def check_trainable(model: nn.Module, stage: Stage) -> None:
     """Compare `requires_grad` of every parameter with the declaration.
 
     Raises:
-        TrainabilityError: names what is trainable but should not be, or the other way round.
+        TrainabilityError: names what is trainable but should not be, or the other way round, and adapters that are not
+            in the language model.
     """
     present: set[str] = set()
     wrong: list[str] = []
     for component, name, parameter in components(model):
         present.add(component)
-        if parameter.requires_grad != (component in stage.trains):
+        if component == "lora" and not name.startswith("language_model."):
+            wrong.append(f"{name} is an adapter outside the language model")
+        elif parameter.requires_grad != (component in stage.trains):
             wrong.append(f"{name} is {'trainable' if parameter.requires_grad else 'frozen'}")
         elif parameter.requires_grad and parameter.dtype != torch.float32:
             wrong.append(f"{name} is trainable in {str(parameter.dtype).removeprefix('torch.')}, not float32")
