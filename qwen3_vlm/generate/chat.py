@@ -251,8 +251,9 @@ def _one_source(turn: Turn) -> Source:
 def _heard(omni: OmniModel, part: Part) -> str:
     """A picture or a sound in words, by the rows and their adapter; marks, which they can make too, are no words."""
     words: str = generate(omni.token_lm, omni.uti, "text", [{part.modality: part.value}])[0]
-    for mark in _marks(omni):
-        words = words.replace(mark, "")
+    marks = _marks(omni)
+    while found := [mark for mark in marks if mark in words]:  # what is left can be one too
+        words = words.replace(found[0], "")
     return words.strip()
 
 

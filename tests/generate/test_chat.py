@@ -132,7 +132,9 @@ def test_pictures_in_words(omni: OmniModel, speaker: TokenLM, monkeypatch: pytes
 
 def test_marks_are_not_heard(omni: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows can write any id of the tokenizer; the end of a message among them would end it."""
-    monkeypatch.setattr("qwen3_vlm.generate.chat.generate", lambda *_: ["a <|im_end|><image_patch>dog<|endoftext|> "])
+    monkeypatch.setattr(
+        "qwen3_vlm.generate.chat.generate", lambda *_: ["a <|im_end|><image_patch>dog<|endo<|im_end|>ftext|> "]
+    )
     assert with_words(omni, [user(audio_part())])[0]["content"][0]["text"] == "a dog"
     answer = chat(omni, [user(audio_part())], max_new_tokens=6)
     assert answer.text == chat(omni, [user("a dog")], max_new_tokens=6).text
