@@ -1,8 +1,9 @@
 # Each target does all of its own set-up: a machine with Python 3.11 and pip is enough.
-#   make demo    train, check and show the embedded default
-#   make test    the whole test suite
-#   make check   format, lint, strict types, import rules
-#   make setup   .venv with everything for development; `make clean` removes it
+#   make demo        train, check and show the embedded default
+#   make demo-later  go on from there: conversations about two pictures, drawing, speaking
+#   make test        the whole test suite
+#   make check       format, lint, strict types, import rules
+#   make setup       .venv with everything for development; `make clean` removes it
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3 || command -v python)
 TORCH   ?= torch==2.13.0
@@ -17,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo demo-later test check format clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +27,9 @@ setup: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/qwen3-vlm demo
+
+demo-later: $(VENV)/.installed-later
+	@$(BIN)/qwen3-vlm demo --later
 
 # One thread per worker: two workers with two threads each would only wait for each other.
 test: $(VENV)/.installed-dev
@@ -67,9 +71,12 @@ endef
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,qwen3-vlm and the demo's packages,.[demo])
 
+$(VENV)/.installed-later: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,qwen3-vlm$(comma) the demo's packages and a recogniser of speech,.[demo$(comma)asr])
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,qwen3-vlm and the development tools,.[dev$(comma)demo])
 	$(call install_alone,$(LMMS_EVAL))
-	@touch $(VENV)/.installed-demo
+	@touch $(VENV)/.installed-demo $(VENV)/.installed-later
 
 comma := ,

@@ -204,8 +204,14 @@ def export(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    later: Annotated[bool, typer.Option("--later", help="Go on from there: conversations, drawing, speaking.")] = False,
 ) -> None:
-    """Build the embedded data set, train the connector on tiny bases, check it and show it."""
+    """Build the embedded data set, train connector and rows on tiny bases, check them and show them."""
+    if later:
+        from qwen3_vlm.demo.later_run import run_later
+
+        run_later(out)
+        return
     from qwen3_vlm.demo.run import run_demo
 
     run_demo(out)

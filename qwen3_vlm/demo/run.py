@@ -50,7 +50,7 @@ def run_demo(out: Path) -> None:
         ConfigError: the configuration of the demo is not beside the package.
         GateError: a gate failed, or the captions are worse than the demo promises.
     """
-    _wait_passively()
+    wait_passively()
     from qwen3_vlm.demo.token_run import run_tokens
     from qwen3_vlm.evaluate.gates import describe_gate
     from qwen3_vlm.evaluate.report import write_report
@@ -90,9 +90,11 @@ def run_demo(out: Path) -> None:
         f"generate text --audio cat.wav --checkpoint {rows}",
     ):
         print(f"  {running_command()} {arguments}")
+    console.print("Or on to conversations about two pictures, and to drawing and speaking:", style="bold")
+    print(f"  {running_command()} demo --later --out {out}")
 
 
-def _wait_passively() -> None:
+def wait_passively() -> None:
     """Let OpenMP threads sleep while they wait, if torch is not loaded yet.
 
     By default they spin. On a machine that is busy with something else two spinning threads rob each other of

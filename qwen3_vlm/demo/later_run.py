@@ -1,0 +1,41 @@
+"""The later stages of the guided run, from the folder that the first ones left.
+
+Stage 2, conversations, goes on from the connector; stage 4, drawing and speaking, from the rows.
+"""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from qwen3_vlm.demo.draw_run import run_draw
+from qwen3_vlm.demo.paths import running_command
+from qwen3_vlm.demo.run import STOPPED, wait_passively
+from qwen3_vlm.demo.talk_run import run_talk
+from qwen3_vlm.errors import ConfigError
+from qwen3_vlm.evaluate.speech import bundled_recogniser
+
+
+def run_later(out: Path) -> None:
+    """Train and judge both stages below `out`.
+
+    Raises:
+        ConfigError: the guided run did not end there.
+        ModelError: there is no recogniser to judge what is said.
+        GateError: a gate failed, or the answers, drawings or sounds are worse than the demo promises.
+    """
+    wait_passively()
+    connector, rows = out / "run" / "connector", out / "tokens_run" / "rows"
+    for add_on in (connector, rows):
+        if not add_on.is_dir():
+            raise ConfigError(
+                f"There is no {add_on}: it comes from {running_command()} demo --out {out}; run that first."
+            )
+    console, started = Console(), time.monotonic()
+    talker = run_talk(out, connector, console)
+    drawer = talker and run_draw(out, rows, console)
+    if talker is None or drawer is None:
+        console.print(STOPPED)
+        return
+    console.print(f"{time.monotonic() - started:.0f} s in all. Now one model that does all of it:", style="bold")
+    print(f"  {running_command()} chat --connector {talker} --rows {drawer}")
