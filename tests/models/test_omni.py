@@ -33,6 +33,7 @@ from qwen3_vlm.models.omni import OmniModel
 from qwen3_vlm.models.precision import compute_in_fp32, must_widen
 from qwen3_vlm.models.row_files import read_rows, read_rows_info
 from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.tokenization.sequences import prompt_ids
 from qwen3_vlm.tokenization.text import LosslessText
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.train.add_ons import load_vlm
@@ -150,6 +151,17 @@ def test_one_base_in_memory(made: Made, tiny_tower_dir: Path) -> None:
     table: Any = omni.token_lm.language_model.get_input_embeddings()
     tied = base.lm_head.weight is base.get_input_embeddings().weight
     assert (table.base.weight.data_ptr() == omni.vlm.lm_head.weight.data_ptr()) is tied
+
+
+def test_each_track_has_the_scores_of_its_single_model(made: Made) -> None:
+    vlm, processor = load_vlm(made.connector)
+    ids = torch.tensor([processor.encode_prompt([{"role": "user", "content": "<image_patch>\nwhat"}])])
+    pixels = processor.pixel_values(PICTURES[:1])
+    prompt = torch.from_numpy(prompt_ids(UTI.token_space, "t2i", {"text": np.arange(5)})).long()[None]
+    rows = TokenLM.from_add_on(made.rows)
+    for _ in range(2):
+        assert torch.equal(made.omni.vlm(ids, **pixels).logits, vlm(ids, **pixels).logits)
+        assert torch.equal(made.omni.token_lm(prompt).logits, rows(prompt).logits)
 
 
 def test_captions_are_the_vlms(seer: tuple[Any, Any], omni: OmniModel) -> None:
