@@ -38,6 +38,7 @@ class ModelConfig:
     vision_ln: bool = False  # LayerNorm on the tower's output
     initializer_range: float = 0.02  # std of fresh connector weights
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen bases; the connector is always fp32
+    quantization: Literal["nf4"] | None = None  # of the decoder's frozen linear layers, where an adapter trains
     attn_implementation: str = "sdpa"  # of the LLM and the tower
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False  # run code that comes with a base from the hub
@@ -98,9 +99,11 @@ class TextConfig:
     # stage 2: conversations without pictures, in the formats of data.train; stage 4: JSON or JSONL of {"text": …}
     files: tuple[str, ...] = ()
     share: float = 0.1  # of all training samples; the files are gone through as often as that takes
+    loss_weight: float = 1.0  # stage 4: what their losses are multiplied with; 0: they carry lora.kl_weight alone
 
     def __post_init__(self) -> None:
         require(0 < self.share < 1, "share", self.share, "must lie between 0 and 1")
+        require(self.loss_weight >= 0, "loss_weight", self.loss_weight, "must be 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +271,10 @@ class RunConfig:
         for section in UNREAD[self.stage]:
             if getattr(self, section) != type(getattr(self, section))():
                 raise ConfigError(f"the stage {self.stage} does not read the section {section}; leave it out.")
+        if self.stage == "stage2_sft" and self.text.loss_weight != 1:
+            raise ConfigError("text.loss_weight is read by stage4_mmpt alone; in stage2_sft texts count like the rest.")
+        if self.model.quantization and "lora" in UNREAD[self.stage]:
+            raise ConfigError(f"model.quantization is for stages with an adapter; {self.stage} has none, leave it out.")
 
 
 # Sections that a stage has no use for: set in vain, they would be a misunderstanding.

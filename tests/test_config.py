@@ -45,6 +45,12 @@ def parse_or_refuse(tree: Any, overrides: list[str]) -> RunConfig | None:
         return None
 
 
+def test_a_weight_of_texts_is_refused_where_it_is_not_read() -> None:
+    assert parse_config({"stage": "stage4_mmpt", "text": {"loss_weight": 0}}).text.loss_weight == 0
+    with pytest.raises(ConfigError, match=r"text\.loss_weight is read by stage4_mmpt alone"):
+        parse_config({"stage": "stage2_sft", "text": {"loss_weight": 0}})
+
+
 def test_a_tasks_folders_are_among_those_of_the_data() -> None:
     tasks = {"i2t": {}, "t2i": {"folders": ["b"]}}
     config = parse_config({"stage": "stage3_rows", "tokens": {"folders": ["a", "b"], "tasks": tasks}})

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from qwen3_vlm.demo.facts import read_facts
 from qwen3_vlm.demo.mixed_text import llava_texts
 from qwen3_vlm.demo.questions import COUNTS
-from qwen3_vlm.demo.world import BACKGROUND_WORDS, NAMES, SIZE_WORDS
+from qwen3_vlm.demo.world import BACKGROUND_WORDS, NAMES
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.storage import atomic_directory
 
@@ -32,7 +32,7 @@ KINDS: tuple[Kind, ...] = ("colour", "count", "object", "which")  # that are jud
 TRAINING_MIX: dict[Kind, float] = {"which": 2.0, "count": 1.2, "presence": 0.8, "object": 0.6, "colour": 0.4}
 POSITIONS = ("first", "second")
 TURNS, TRAINING_TURNS = 3, 5
-NONE = "none"
+ANSWERS = tuple(COUNTS.values())
 _IMAGE = "<image>"
 _FOLLOW_UPS = 0.3  # share of the conversations in which a question is put again, about the other picture
 _SHOWN_LATER = 0.5  # of the conversations that begin with a question about the first picture: the second comes later
@@ -76,10 +76,6 @@ class Picture:
         """Of the objects."""
         return frozenset(name for name, _ in self.objects)
 
-    def count(self, size: str | None) -> int:
-        """How many objects there are, of that size or at all."""
-        return sum(size in (None, other) for _, other in self.objects)
-
 
 Pair = tuple[Picture, Picture]
 
@@ -110,16 +106,13 @@ def colour(about: int, again: bool = False) -> Form:
     return Form(f"colour {about}", about, lambda pair, rng: Asked("colour", question, pair[about].background, about))
 
 
-def count(about: int, size: str | None, answer: str, again: bool = False) -> Form:
-    """`how many small objects are in the second picture`, where that is the answer."""
+def count(about: int, answer: str, again: bool = False) -> Form:
+    """`how many objects are there in the second picture`, where that is the answer."""
     place = f"in the {POSITIONS[about]} picture"
-    question = f"and {place}" if again else f"how many {f'{size} ' if size else ''}objects are {place}"
+    question = f"and {place}" if again else f"how many objects are there {place}"
 
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
-        picture = pair[about]
-        sized = all(known for _, known in picture.objects)  # a plain drawing is neither small nor big
-        true = COUNTS.get(picture.count(size), NONE)
-        return Asked("count", question, answer, about) if true == answer and (sized or size is None) else None
+        return Asked("count", question, answer, about) if COUNTS[len(pair[about].objects)] == answer else None
 
     return Form(f"count {about}", about, ask)
 
@@ -176,7 +169,7 @@ def which_has_more(answer: str) -> Form:
     """`which picture has more objects`, where that is the answer; `neither` where they have as many."""
 
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
-        first, second = (picture.count(None) for picture in pair)
+        first, second = (len(picture.objects) for picture in pair)
         true = _which(first > second, second > first)
         return Asked("which", "which picture has more objects", answer, None) if true == answer else None
 
@@ -193,12 +186,18 @@ class Talks:
     Args:
         mix: how often each kind of question comes, in conversations of `TRAINING_TURNS`; None: `TURNS` different kinds,
             each as often as the others.
+        beside: pictures of which one may stand beside one of `pictures`, where none of those fits.
     """
 
-    def __init__(self, pictures: Sequence[Picture], seed: str, mix: Mapping[Kind, float] | None = None) -> None:
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        seed: str,
+        mix: Mapping[Kind, float] | None = None,
+        beside: Sequence[Picture] = (),
+    ) -> None:
         self.pictures, self.rng, self.mix = pictures, random.Random(seed), mix
-        sizes = {picture.count(None) for picture in pictures}
-        self.totals = tuple(word for number, word in COUNTS.items() if number in sizes)
+        self.beside, self._aside = beside, set(beside)
 
     def next(self) -> tuple[Pair, tuple[Asked, ...]]:
         """Two different pictures, and different questions about them with their answers.
@@ -210,7 +209,7 @@ class Talks:
             forms = self._forms()
             for _ in range(_PAIRS):
                 first, second = self._fitting(forms, 0), self._fitting(forms, 1)
-                if first is None or second is None:
+                if first is None or second is None or {first, second} <= self._aside:
                     break  # "one object" and "what is left of …" can't be asked of the same picture
                 pair = first, second
                 asked = [form.ask(pair, self.rng) for form in forms]
@@ -222,10 +221,11 @@ class Talks:
     def _fitting(self, forms: Sequence[Form], about: int) -> Picture | None:
         """A picture that can be asked all that is about it alone."""
         asked = [form for form in forms if form.about == about]
-        for _ in range(_TRIES):
-            picture = self.rng.choice(self.pictures)
-            if all(form.ask((picture, picture), self.rng) for form in asked):
-                return picture
+        for pictures in filter(None, (self.pictures, self.beside)):
+            for _ in range(_TRIES):
+                picture = self.rng.choice(pictures)
+                if all(form.ask((picture, picture), self.rng) for form in asked):
+                    return picture
         return None
 
     def _forms(self) -> list[Form]:
@@ -251,11 +251,8 @@ class Talks:
         if kind == "colour":
             return colour(about), colour(1 - about, again=True)
         if kind == "count":
-            size = rng.choice(
-                (None, *SIZE_WORDS, *SIZE_WORDS)
-            )  # of held-out pictures only two answers are left to None
-            answers = self.totals if size is None else (NONE, *COUNTS.values())
-            return count(about, size, rng.choice(answers)), count(1 - about, size, rng.choice(answers), again=True)
+            answer, other = rng.choice(ANSWERS), rng.choice(ANSWERS)
+            return count(about, answer), count(1 - about, other, again=True)
         if kind == "object":
             return neighbour(about), None
         if kind == "presence":
@@ -308,7 +305,8 @@ def write_conversations(data: Path, folder: Path, sizes: TalkSizes | None = None
             ("train", "train", sizes.train, TRAINING_MIX),
             ("heldout", "heldout_unseen", sizes.heldout, None),
         ):
-            talks = Talks(read_pictures(data / f"{source}.json"), f"{part}-{seed}", mix)
+            beside = read_pictures(data / "heldout_plain.json") if part == "heldout" else ()
+            talks = Talks(read_pictures(data / f"{source}.json"), f"{part}-{seed}", mix, beside)
             _write(temporary / f"{part}.json", [_record(f"talk-{part}-{index:06d}", talks) for index in range(number)])
         _write(temporary / "text.json", list(llava_texts(f"text-{seed}", sizes.texts)))
         (temporary / "stamp.json").write_text(stamp, encoding="utf-8")

@@ -31,6 +31,7 @@ def run_later(out: Path) -> None:
             raise ConfigError(
                 f"There is no {add_on}: it comes from {running_command()} demo --out {out}; run that first."
             )
+    bundled_recogniser()
     console, started = Console(), time.monotonic()
     talker = run_talk(out, connector, console)
     drawer = talker and run_draw(out, rows, console)

@@ -10,19 +10,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from qwen3_vlm.config import ModelConfig, RunConfig
 from qwen3_vlm.data.features import FeatureCache, feature_fingerprint
 from qwen3_vlm.data.records import ImageRef
 from qwen3_vlm.errors import ConfigError
-from qwen3_vlm.models.bases import enable_checkpointing, load_bases
+from qwen3_vlm.models.bases import add_tower, enable_checkpointing, load_strictly
 from qwen3_vlm.models.processing import Qwen3VLMProcessor
+from qwen3_vlm.models.quantization import quantize
 from qwen3_vlm.models.vlm import Qwen3VLMForConditionalGeneration
 from qwen3_vlm.train.add_ons import load_connector, write_connector
 from qwen3_vlm.train.data_source import DataSource, check_data_paths, open_data
 from qwen3_vlm.train.evaluations import Evaluations
 from qwen3_vlm.train.identity import describe_bases
-from qwen3_vlm.train.lora_stage import refuse_adapter
+from qwen3_vlm.train.lora_stage import refuse_adapter, refuse_sharded_quantization
 from qwen3_vlm.train.packing_check import check_packing
 from qwen3_vlm.train.recipe import Recipe
 from qwen3_vlm.train.step_plan import StepPlan, plan_steps
@@ -46,11 +48,12 @@ class ConnectorRecipe(Recipe):
             raise ConfigError(
                 "data.feature_cache needs whole weights on each process: leave it out with FSDP, or use DDP."
             )
+        refuse_sharded_quantization(self.config.model, self.accelerator)
         check_data_paths(self.config.data, self.config.text)
 
     def build(self) -> Qwen3VLMForConditionalGeneration:
         """Both bases and a fresh connector."""
-        model, self.processor = build_model(self.config.model, self.config.seed)
+        model, self.processor = build_model(self.config.model, self.config.seed, self.accelerator.device)
         return model
 
     def describe(self, model: Any) -> None:
@@ -60,7 +63,7 @@ class ConnectorRecipe(Recipe):
             settings.llm,
             settings.vision_tower,
             self.processor,
-            model=model,
+            model=None if settings.quantization else model,
             trust_remote_code=settings.trust_remote_code,
         )
 
@@ -116,13 +119,24 @@ class ConnectorRecipe(Recipe):
         write_connector(folder, model, self.bases, tensors=tensors, evidence=evidence, details=details)
 
 
-def build_model(config: ModelConfig, seed: int) -> tuple[Qwen3VLMForConditionalGeneration, Qwen3VLMProcessor]:
-    """Both bases and a fresh connector; the same on every rank."""
+def build_model(
+    config: ModelConfig, seed: int, device: torch.device | str = "cpu"
+) -> tuple[Qwen3VLMForConditionalGeneration, Qwen3VLMProcessor]:
+    """Both bases and a fresh connector; the same on every rank.
+
+    Args:
+        device: where a decoder in 4 bits is made; all else is on the CPU.
+    """
     torch.manual_seed(seed)
-    model, processor = load_bases(
+    dtype, options = getattr(torch, config.dtype), (config.attn_implementation, config.trust_remote_code)
+    text_model = load_strictly(AutoModelForCausalLM, config.llm, dtype, *options)
+    if config.quantization:
+        quantize(text_model.base_model, device)
+    model, processor = add_tower(
+        text_model,
         config.llm,
         config.vision_tower,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         num_latents=config.num_latents,

@@ -6,8 +6,11 @@ And what those without one refuse: an add-on that has an adapter.
 from pathlib import Path
 from typing import Any
 
-from qwen3_vlm.config import RunConfig
-from qwen3_vlm.errors import AddOnError
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from qwen3_vlm.config import ModelConfig, RunConfig
+from qwen3_vlm.errors import AddOnError, ConfigError
 from qwen3_vlm.evaluate.text_drift import DriftReport, measure_drift
 from qwen3_vlm.models.base_divergence import BaseDivergence
 from qwen3_vlm.models.lora import ADAPTER, add_lora, has_lora, lora_parameters
@@ -36,6 +39,12 @@ def text_drift(config: RunConfig, model: Any, tokenizer: Any) -> DriftReport:
     """How far the adapter moved the text suite, against the config's limits."""
     lora = config.lora
     return measure_drift(model, tokenizer, max_kl=lora.max_text_kl, max_ratio=lora.max_perplexity_ratio)
+
+
+def refuse_sharded_quantization(config: ModelConfig, accelerator: Accelerator) -> None:
+    """Raises: ConfigError: a decoder in 4 bits is to be cut into shards."""
+    if config.quantization and accelerator.distributed_type == DistributedType.FSDP:
+        raise ConfigError("model.quantization needs whole weights on each process: use DDP, or leave it out with FSDP.")
 
 
 def refuse_adapter(directory: Path, model: Any, stage: str, *, instead: str) -> None:

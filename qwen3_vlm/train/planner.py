@@ -18,7 +18,7 @@ from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.tokenization.sequences import OVERHEAD, SEQUENCES, TASK_FAMILIES
 from qwen3_vlm.tokenization.token_space import TokenSpace
 from qwen3_vlm.train import planner_formulas as formulas
-from qwen3_vlm.train.planner_formulas import BF16, FP32, TRAINS, Batch, Memory, Model, Numerics
+from qwen3_vlm.train.planner_formulas import BF16, FP32, NF4, TRAINS, Batch, Memory, Model, Numerics
 from qwen3_vlm.train.planner_hardware import Cluster
 from qwen3_vlm.train.planner_shapes import ConnectorShape, LoraShape, read_text_shape, read_tower_shape
 
@@ -126,7 +126,8 @@ def plan(config: RunConfig, cluster: Cluster, given: Assumptions | None = None) 
     usual, longest = batches_of(config, data)
     utilisation = given.utilisation or cluster.device.utilisation
     ways = []
-    for strategy in ("one GPU",) if cluster.count == 1 else ("DDP", "FSDP2"):
+    several = ("DDP",) if config.model.quantization else ("DDP", "FSDP2")  # 4 bits are not cut into shards
+    for strategy in ("one GPU",) if cluster.count == 1 else several:
         for checkpointing in (False, True):
             setting = _Setting(config, model, numerics, data, cluster, strategy, checkpointing, utilisation)
             ways.append(_way(setting, usual, longest, given.price))
@@ -170,9 +171,10 @@ def model_of(config: RunConfig, new_rows: int | None = None, space: TokenSpace |
 def numerics_of(config: RunConfig) -> Numerics:
     """As the trainer computes on a device with bf16 arithmetic: autocast where it is asked for."""
     base = BF16 if config.model.dtype == "bfloat16" else FP32
+    linear = NF4 if config.model.quantization else None
     if config.optim.mixed_precision == "bf16":
-        return Numerics(base, BF16, BF16, autocast=True)
-    return Numerics(base, base, FP32, autocast=False)
+        return Numerics(base, BF16, BF16, autocast=True, linear=linear)
+    return Numerics(base, base, FP32, autocast=False, linear=linear)
 
 
 # ------------------------------------------------------------------------------------------------------------ data

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from qwen3_vlm.train.planner_shapes import ConnectorShape, LoraShape, TextShape, TowerShape
 
 FP32, BF16 = 4, 2
+# QLoRA (arXiv:2305.14314, 3): 4 bits, a scale of 8 bits for 64 weights, one of 32 for 256 scales.
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 LOSS_CHUNK_BYTES = 128 * 2**20  # models/losses.py: of fp32 scores, and on a GPU of fp32 weights, at one time
 ADAM_STATE_BYTES = 2 * FP32  # per trainable parameter: both moments (Kingma and Ba, arXiv:1412.6980)
 GRADIENT_BYTES = FP32
@@ -66,6 +68,7 @@ class Numerics:
     trained: int = BF16
     autocast: bool = True  # fp32 weights are cast to bf16 once per forward pass, and the copies kept until backward
     dropout_mask: int = 1  # per number: CUDA's kernel keeps a byte, a CPU a number
+    linear: float | None = None  # of stored weights of the decoder's linear layers, where these are quantized
     block_bytes: int = LOSS_CHUNK_BYTES  # of a head's weights that the loss multiplies at one time
 
 
@@ -275,9 +278,12 @@ class Memory:
 
 
 def weight_bytes(model: Model, numerics: Numerics) -> tuple[float, float]:
-    """(frozen, trained): the bases in their dtype, what is trained in fp32."""
-    counts = parameters(model).values()
-    return sum(frozen for _, frozen in counts) * numerics.base, sum(trained for trained, _ in counts) * FP32
+    """(frozen, trained): the bases in their dtype or quantized, what is trained in fp32."""
+    counts, text = parameters(model).values(), model.text
+    frozen = float(sum(count for _, count in counts) * numerics.base)
+    if numerics.linear is not None:
+        frozen -= text.layers * sum(width * out for width, out in text.linears) * (numerics.base - numerics.linear)
+    return frozen, sum(trained for trained, _ in counts) * FP32
 
 
 def cast_bytes(model: Model, numerics: Numerics) -> float:
@@ -330,11 +336,13 @@ def layer_working_bytes(model: Model, batch: Batch, numerics: Numerics) -> float
     """Gradients at a layer's costliest place, with that of the residual.
 
     Frozen: the gated product's, and both its factors'. With an adapter: the two parts of the gradient of down's input,
-    of which the adapter's comes in fp32; what down kept of its input is gone when the product's turn comes.
+    of which the adapter's comes in fp32; what down kept of its input is gone when the product's turn comes. A
+    quantized matrix is there as a whole while it is multiplied.
     """
     text, c = model.text, numerics.compute
     gradients = (c + FP32) if model.lora else 3 * c
-    return float(batch.positions * (gradients * text.feed_forward + c * text.width))
+    widened = 0 if numerics.linear is None else c * max(width * out for width, out in text.linears)
+    return float(batch.positions * (gradients * text.feed_forward + c * text.width) + widened)
 
 
 def connector_activation_bytes(model: Model, batch: Batch, numerics: Numerics) -> float:

@@ -17,13 +17,14 @@ from qwen3_vlm.evaluate.text_identity import TextBehaviour, compare_text, measur
 from qwen3_vlm.fingerprint import fingerprint_tokenizer, resolve_folder
 from qwen3_vlm.models.bases import enable_checkpointing, load_strictly
 from qwen3_vlm.models.logit_rules import logit_rules
+from qwen3_vlm.models.quantization import quantize
 from qwen3_vlm.models.row_base import load_tokenizer, require_tokenizer
 from qwen3_vlm.models.row_files import describe_base, load_rows, write_rows
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.tokenization.uti_config import load_uti_config
 from qwen3_vlm.train.checkpoint import whole
-from qwen3_vlm.train.lora_stage import refuse_adapter
+from qwen3_vlm.train.lora_stage import refuse_adapter, refuse_sharded_quantization
 from qwen3_vlm.train.recipe import Recipe
 from qwen3_vlm.train.step_plan import MixtureSteps
 from qwen3_vlm.train.token_evaluations import TokenEvaluations
@@ -53,9 +54,10 @@ class RowsRecipe(Recipe):
     def check(self) -> None:
         """Raises:
         ModelError: the tokenizer of the base can't be had, or is another than that of the data.
-        ConfigError: the data has no uti.yaml, which goes into every checkpoint.
+        ConfigError: the data has no uti.yaml, which goes into every checkpoint; or 4 bits are to be sharded.
         """
         settings = self.config.model
+        refuse_sharded_quantization(settings, self.accelerator)
         self.tokenizer = load_tokenizer(resolve_folder(settings.llm, what="llm"), settings.trust_remote_code)
         require_tokenizer(settings.llm, fingerprint_tokenizer(self.tokenizer), self.token_space)
         load_uti_config(uti_folder(self.config.tokens))
@@ -70,6 +72,8 @@ class RowsRecipe(Recipe):
             settings.attn_implementation,
             settings.trust_remote_code,
         )
+        if settings.quantization:
+            quantize(llm.base_model, self.accelerator.device)
         if self.sharded or self.accelerator.is_main_process:
             self.digests = base_digests(llm)
         if not self.sharded and self.accelerator.is_main_process:
@@ -84,7 +88,10 @@ class RowsRecipe(Recipe):
         """The base's fingerprints."""
         settings = self.config.model
         self.base = describe_base(
-            settings.llm, self.tokenizer, model=model, trust_remote_code=settings.trust_remote_code
+            settings.llm,
+            self.tokenizer,
+            model=None if settings.quantization else model,
+            trust_remote_code=settings.trust_remote_code,
         )
 
     def open_data(self, model: Any, cache_dir: Path) -> TokenSource:

@@ -23,6 +23,7 @@ from qwen3_vlm.evaluate.environment import describe_environment
 from qwen3_vlm.evaluate.report import write_report
 from qwen3_vlm.folder_lock import FolderLock
 from qwen3_vlm.models.precision import bf16_is_fast
+from qwen3_vlm.models.quantization import parameter_count
 from qwen3_vlm.storage import atomic_directory, atomic_write_json, atomic_write_text, remove_leftovers, storage_error
 from qwen3_vlm.train.checkpoint import (
     Checkpoints,
@@ -177,7 +178,7 @@ def write_results(run: Run, loss: dict[str, Any], gates: dict[str, Any], golden:
         folder = run.folder / run.recipe.add_on
         with atomic_directory(folder) as temporary:
             run.recipe.write(temporary, run.model, tensors, figures, details(run))
-        sizes = [sum(p.numel() for p in group) for group in (tensors.values(), run.model.parameters())]
+        sizes = [sum(map(parameter_count, group)) for group in (tensors.values(), run.model.parameters())]
         final = {
             "loss": loss.get("loss"),
             "trainable_parameters": sizes[0],
@@ -203,6 +204,7 @@ def details(run: Run) -> dict[str, Any]:
         "step": run.step,
         "seed": run.config.seed,
         "dtype": run.config.model.dtype,
+        **({"quantization": run.config.model.quantization} if run.config.model.quantization else {}),
         "data": {"fingerprint": run.data.fingerprint, **run.data.counts()},
         "versions": describe_environment()["packages"],
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen3_vlm.errors import ConfigError, TrainabilityError
+from qwen3_vlm.models.quantization import parameter_count
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
@@ -164,7 +165,7 @@ def trainability_table(model: nn.Module) -> list[ComponentRow]:
     counts: dict[str, tuple[int, int, set[str]]] = {}
     for component, _, parameter in components(model):
         trainable, frozen, dtypes = counts.get(component, (0, 0, set()))
-        size = parameter.numel()
+        size = parameter_count(parameter)
         dtypes.add(str(parameter.dtype).removeprefix("torch."))
         moves = parameter.requires_grad
         counts[component] = (trainable + size * moves, frozen + size * (not moves), dtypes)

@@ -44,6 +44,7 @@ class TokenSource:
     texts: Texts | None = None
     text_share: float = 0.0
     mark_text: bool = False
+    text_weight: float = 1.0  # of the texts' losses
 
     @property
     def num_train(self) -> int:
@@ -107,7 +108,7 @@ class TokenSource:
     def train_batches(self, micro_batches: Sequence[Sequence[TaskSample]]) -> Iterator[Batch]:
         """These micro-batches, in order, read by worker processes."""
         settings = {name: self.config.tasks[_section(self.config, name)] for name in self.tasks}
-        weights = {name: task.loss_weight for name, task in settings.items()}
+        weights = {name: task.loss_weight for name, task in settings.items()} | {TEXT: self.text_weight}
         plain = all(weight == 1.0 for weight in weights.values())
         return self._iterate(
             self.train,
@@ -234,6 +235,7 @@ def open_tokens(
         texts,
         config.text.share,
         config.lora.kl_weight > 0,
+        config.text.loss_weight,
     )
 
 

@@ -48,6 +48,17 @@ def test_stage_2_has_an_adapter_and_fits_a_gpu_of_80_gb() -> None:
     assert any(way.fits for way in found.ways)
 
 
+def test_a_decoder_in_4_bits_takes_a_quarter_and_is_not_sharded() -> None:
+    plain, packed = (planned("stage2_sft.yaml", "8xH100", *more) for more in ((), ("model.quantization=nf4",)))
+    assert [way.strategy for way in packed.ways] == ["DDP", "DDP"]
+    linear = 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12_288)
+    saved = [
+        one.memory.frozen_weights - other.memory.frozen_weights
+        for one, other in zip(plain.ways, packed.ways, strict=False)
+    ]
+    assert saved == pytest.approx([linear * (2 - 0.515869140625)] * 2)
+
+
 def test_stage_3_counts_rows_once_for_a_tied_base_and_twice_for_an_untied_one() -> None:
     tied = planned("stage3_rows.yaml", "1xA100")
     assert tied.parameters["vocabulary_rows"] == (ASSUMED_ROWS * 1024, 0)

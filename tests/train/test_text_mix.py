@@ -169,3 +169,17 @@ def test_stage_4_reads_texts_beside_its_tasks(tmp_path: Path) -> None:
         info = json.loads((folder / "rows" / "trainable_rows.json").read_text())
         assert info["data"]["text_samples"] == 5
     assert drift[5.0] < 0.6 * drift[0.0]
+
+
+def test_texts_of_no_weight_are_read_but_teach_nothing(tmp_path: Path) -> None:
+    """The loss of a step is then that of its other tokens, over all of them."""
+    dataset = save_dataset(tmp_path / "data", 30)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"a small dog below {number} green trees"}) for number in range(5)))
+    changes: dict[str, Any] = {"stage": "stage4_mmpt", "lora__rank": 4, "text__files": [str(texts)], "text__share": 0.5}
+    changes |= {"tokens__tasks": {"i2t": {}}, "log_every": 1, "optim__max_steps": 1, "text__loss_weight": 0}
+    train(token_config(tmp_path / "run", dataset, **changes))
+    (line,) = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    expected = line["loss_i2t"] * line["tokens_i2t"] / (line["tokens_i2t"] + line["tokens_text"])
+    assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert line["loss_text"] > 0
