@@ -1,7 +1,8 @@
 """Conversations of several turns about two pictures, in LLaVA's format, from pictures with true captions.
 
     DIR/train.json      about pictures of the training set
-    DIR/heldout.json    about two pictures each of which shows a pair of objects that training never shows together
+    DIR/heldout.json    about two new pictures: both show a pair of objects that training never shows together, or one
+                        does and the other is a plain drawing (of one object, so that there is one to count)
     DIR/text.json       conversations without pictures (see mixed_text)
 
 What is asked and answered follows from the captions alone, so it is right where they are. Before a pair of pictures
@@ -25,11 +26,10 @@ from qwen3_vlm.demo.world import BACKGROUND_WORDS, NAMES
 from qwen3_vlm.errors import DataError
 from qwen3_vlm.storage import atomic_directory
 
-Kind = Literal["colour", "count", "object", "which", "presence"]
+Kind = Literal["colour", "count", "object", "which", "caption"]
 KINDS: tuple[Kind, ...] = ("colour", "count", "object", "which")  # that are judged
-# Of the training conversations: what is hard to learn comes more often, and `is there a cow in the first picture` is a
-# step on the way to `which picture shows a cow`.
-TRAINING_MIX: dict[Kind, float] = {"which": 2.0, "count": 1.2, "presence": 0.8, "object": 0.6, "colour": 0.4}
+# Of the training conversations. Captions are the densest lesson in which picture is meant: each word hangs on it.
+TRAINING_MIX: dict[Kind, float] = {"caption": 1.5, "which": 1.3, "count": 0.7, "object": 0.8, "colour": 0.7}
 POSITIONS = ("first", "second")
 TURNS, TRAINING_TURNS = 3, 5
 ANSWERS = tuple(COUNTS.values())
@@ -54,9 +54,10 @@ class TalkSizes:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture's path in the data set, and what its caption says of it."""
+    """A picture's path in the data set, its caption, and what that says of it."""
 
     path: str
+    caption: str
     objects: tuple[tuple[str, str], ...]  # (name, size or ""), in the caption's order
     background: str
     relation: str  # of the first object to the second: "left of", "above" or ""
@@ -69,7 +70,7 @@ class Picture:
         if not objects or facts.background is None:
             raise DataError(f"{path}: {caption!r} is no caption of the demo's world.")
         alone = len(facts.mentions) == 1
-        return cls(path, objects, facts.background, "" if alone else facts.places[0])
+        return cls(path, caption, objects, facts.background, "" if alone else facts.places[0])
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -94,7 +95,7 @@ class Asked:
 class Form:
     """A question that is going to be asked: `ask` gives it with its answer, or None where the pair does not fit."""
 
-    theme: str  # "" where the question can be put again about something else
+    theme: str  # of which a conversation has one question: the number of objects tells what else can be asked of them
     about: int | None
     ask: Callable[[Pair, random.Random], Asked | None]
 
@@ -114,7 +115,7 @@ def count(about: int, answer: str, again: bool = False) -> Form:
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
         return Asked("count", question, answer, about) if COUNTS[len(pair[about].objects)] == answer else None
 
-    return Form(f"count {about}", about, ask)
+    return Form(f"objects {about}", about, ask)
 
 
 def neighbour(about: int) -> Form:
@@ -128,19 +129,13 @@ def neighbour(about: int) -> Form:
         question = f"what is {picture.relation} the {other} in the {POSITIONS[about]} picture"
         return Asked("object", question, f"a {size} {name}", about)
 
-    return Form(f"object {about}", about, ask)
+    return Form(f"objects {about}", about, ask)
 
 
-def presence(about: int, answer: str) -> Form:
-    """`is there a cow in the second picture`, where that is the answer; half the absent are in the other picture."""
-
-    def ask(pair: Pair, rng: random.Random) -> Asked | None:
-        shown, elsewhere = pair[about].names, pair[1 - about].names - pair[about].names
-        absent = elsewhere if elsewhere and rng.random() < 0.5 else set(NAMES) - shown
-        name = rng.choice(sorted(shown if answer == "yes" else absent))
-        return Asked("presence", f"is there a {name} in the {POSITIONS[about]} picture", answer, about)
-
-    return Form("", about, ask)
+def caption(about: int) -> Form:
+    """`Describe the second picture.`"""
+    question = f"Describe the {POSITIONS[about]} picture."
+    return Form(f"caption {about}", about, lambda pair, rng: Asked("caption", question, pair[about].caption, about))
 
 
 def which_shows(answer: str) -> Form:
@@ -255,9 +250,9 @@ class Talks:
             return count(about, answer), count(1 - about, other, again=True)
         if kind == "object":
             return neighbour(about), None
-        if kind == "presence":
-            return presence(about, rng.choice(("yes", "no"))), None
-        make = rng.choice((which_shows, which_shows, which_background, which_has_more))
+        if kind == "caption":
+            return caption(about), None
+        make = rng.choice((which_shows, which_background, which_has_more))
         answers = (*POSITIONS, "neither") if make is which_has_more else (*POSITIONS, "neither", "both")
         return make(rng.choice(answers)), None
 
