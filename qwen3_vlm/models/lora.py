@@ -148,15 +148,15 @@ def switch_lora(layers: Sequence[Any], name: str | None) -> None:
 
 @contextmanager
 def without_lora(module: nn.Module) -> Iterator[None]:
-    """The model as it is without its adapters, to the bit."""
+    """The model as it is without its adapters, to the bit; what is trainable stays as it is."""
     layers = [layer for layer in lora_layers(module) if not layer.disable_adapters]
-    for layer in layers:
-        layer.enable_adapters(False)
+    for layer in layers:  # PEFT's own switch would thaw frozen adapters on the way back
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def merge_lora(trunk: Any) -> None:

@@ -142,3 +142,16 @@ def test_refused(tiny_llm_dir: Path, tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
         with pytest.raises(AddOnError, match=f"its rank is {rank}"):
             read_adapter(tmp_path, load(tiny_llm_dir).base_model, "model")
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_taking_it_off_for_a_moment_neither_freezes_nor_thaws_it(tiny_llm_dir: Path, trainable: bool) -> None:
+    model = load(tiny_llm_dir)
+    add_lora(model.base_model, rank=2, alpha=4)
+    model.requires_grad_(False)
+    for parameter in lora_parameters(model.base_model).values():
+        parameter.requires_grad_(trainable)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with without_lora(model):
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
