@@ -217,6 +217,7 @@ def read_adapter(folder: Path, trunk: Any, prefix: str, *, name: str = NAME) -> 
         }
         if not 1 <= settings["rank"] <= MAX_RANK:
             raise ValueError(f"its rank is {settings['rank']}")
+        _refuse_other_kinds(config)
     except (KeyError, TypeError, ValueError) as problem:
         raise AddOnError(
             f"{folder / ADAPTER_CONFIG} describes no LoRA that this package writes ({problem})."
@@ -241,6 +242,19 @@ def read_adapter(folder: Path, trunk: Any, prefix: str, *, name: str = NAME) -> 
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+
+
+def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
+    """Settings of PEFT by which the same tensors do something else.
+
+    Raises:
+        ValueError: names one.
+    """
+    for name in ("use_rslora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "layer_replication"):
+        if config.get(name):
+            raise ValueError(f"{name} is set")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"its peft_type is {config['peft_type']}")
 
 
 def _linear_layers(trunk: nn.Module) -> list[str]:

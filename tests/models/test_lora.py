@@ -144,6 +144,20 @@ def test_refused(tiny_llm_dir: Path, tmp_path: Path) -> None:
             read_adapter(tmp_path, load(tiny_llm_dir).base_model, "model")
 
 
+def test_what_peft_would_compute_otherwise_is_refused(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    model = load(tiny_llm_dir)
+    add_lora(model.base_model, rank=4, alpha=4)
+    write_adapter(tmp_path, model.base_model, "model", "x")
+    read_adapter(tmp_path, model.base_model, "model")
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    others = {"use_rslora": True, "alpha_pattern": {"q_proj": 8}, "fan_in_fan_out": True, "peft_type": "ADALORA"}
+    for name, value in others.items():
+        path.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(AddOnError, match=name):
+            read_adapter(tmp_path, model.base_model, "model")
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_taking_it_off_for_a_moment_neither_freezes_nor_thaws_it(tiny_llm_dir: Path, trainable: bool) -> None:
     model = load(tiny_llm_dir)
