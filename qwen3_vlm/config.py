@@ -273,6 +273,10 @@ class RunConfig:
                 raise ConfigError(f"the stage {self.stage} does not read the section {section}; leave it out.")
         if self.stage == "stage2_sft" and self.text.loss_weight != 1:
             raise ConfigError("text.loss_weight is read by stage4_mmpt alone; in stage2_sft texts count like the rest.")
+        if not self.text.files and self.text != TextConfig():
+            raise ConfigError("the section text names no files; set text.files, or leave it out.")
+        if self.stage == "stage4_mmpt" and self.lora.kl_weight and not self.text.files:
+            raise ConfigError("lora.kl_weight is measured on the texts of text.files, which names none.")
         if self.model.quantization and "lora" in UNREAD[self.stage]:
             raise ConfigError(f"model.quantization is for stages with an adapter; {self.stage} has none, leave it out.")
 

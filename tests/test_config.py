@@ -46,7 +46,7 @@ def parse_or_refuse(tree: Any, overrides: list[str]) -> RunConfig | None:
 
 
 def test_a_weight_of_texts_is_refused_where_it_is_not_read() -> None:
-    assert parse_config({"stage": "stage4_mmpt", "text": {"loss_weight": 0}}).text.loss_weight == 0
+    assert parse_config({"stage": "stage4_mmpt", "text": {"files": ["t"], "loss_weight": 0}}).text.loss_weight == 0
     with pytest.raises(ConfigError, match=r"text\.loss_weight is read by stage4_mmpt alone"):
         parse_config({"stage": "stage2_sft", "text": {"loss_weight": 0}})
 
@@ -207,3 +207,14 @@ def test_the_given_mapping_is_left_as_it_was() -> None:
 def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DataConfig().train = ("x",)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [({"text": {"share": 0.3}}, "names no files"), ({"lora": {"kl_weight": 1.0}}, r"text\.files, which names none")],
+)
+def test_what_needs_texts_is_not_set_without_them(section: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_config({"stage": "stage4_mmpt", **section})
+    text = {"files": ["t.jsonl"], **section.get("text", {})}
+    assert parse_config({"stage": "stage4_mmpt", **section, "text": text}).text.files == ("t.jsonl",)

@@ -48,6 +48,8 @@ _FREE = {
     "tokens": {"folders", "allow_unaudited", "eval_split", "eval_max", "num_workers", "max_bad_fraction"},
     "optim": {"accumulation"},
 }
+# Settings that older checkpoints do not have, and what was done without them.
+_LATER = {"model.quantization": None, "lora.kl_weight": 0.0, "text.share": 0.1, "text.loss_weight": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ def require_same_run(saved: SavedState, current: Mapping[str, Any]) -> None:
     then = saved.values.get("identity")
     if not isinstance(then, dict):
         raise CheckpointError(f"{saved.folder / STATE} does not say what run it belongs to.")
+    then = _completed(then, current)
     lines = [
         f"{key}: {then.get(key)!r} in the checkpoint, {current.get(key)!r} now"
         for key in sorted(then.keys() | current.keys())
@@ -151,6 +154,17 @@ def require_same_run(saved: SavedState, current: Mapping[str, Any]) -> None:
             + "\n  ".join(lines)
             + "\nUse the old settings, or another output_dir."
         )
+
+
+def _completed(then: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in a checkpoint, with settings that came later as they were before."""
+    found = {key: value for key, value in _LATER.items() if key in current} | dict(then)
+    if isinstance(tasks := found.get("tokens.tasks"), dict):
+        found["tokens.tasks"] = {
+            name: {**task, "folders": task.get("folders", [])} if isinstance(task, dict) else task
+            for name, task in tasks.items()
+        }
+    return found
 
 
 def run_identity(config: Mapping[str, Any], ranks: int, data_fingerprint: str) -> dict[str, Any]:

@@ -60,14 +60,15 @@ class TokenSource:
 
     @property
     def longest_sequence(self) -> int:
-        """Ids of the longest sequence of any task, to train on or held out."""
+        """Ids of the longest sequence of any task, to train on or held out, or of the longest text."""
         sides = ((self.train, {name: share.indices for name, share in self.shares.items()}), (self.eval, self.held_out))
         lengths = (
             sequence_lengths(name, records.lengths[indices]).max(initial=0)
             for records, chosen in sides
             for name, indices in chosen.items()
         )
-        return int(max(lengths))
+        texts = 0 if self.texts is None else self.texts.lengths.max()
+        return int(max(texts, *lengths))
 
     @property
     def tasks(self) -> tuple[str, ...]:

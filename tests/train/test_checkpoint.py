@@ -158,6 +158,19 @@ def test_run_identity_ignores_what_does_not_matter() -> None:
     assert identity(data="e") != base
 
 
+@pytest.mark.parametrize("stage", ["stage1_align", "stage2_sft", "stage3_rows", "stage4_mmpt"])
+def test_a_checkpoint_from_before_a_setting_was_there(stage: str, tmp_path: Path) -> None:
+    now = json.loads(json.dumps(run_identity(to_dict(parse_config({"stage": stage})), 1, "d")))
+    later = ("model.quantization", "lora.kl_weight", "text.share", "text.loss_weight")
+    then = json.loads(json.dumps({key: value for key, value in now.items() if key not in later}))
+    for task in then.get("tokens.tasks", {}).values():
+        del task["folders"]
+    saved = SavedState(tmp_path, 1, {"identity": then})
+    require_same_run(saved, now)
+    with pytest.raises(CheckpointError, match=r"model\.quantization: None in the checkpoint, 'nf4' now"):
+        require_same_run(saved, {**now, "model.quantization": "nf4"})
+
+
 def test_each_difference_has_a_line(tmp_path: Path) -> None:
     config = to_dict(RunConfig())
     then = run_identity(config, 1, "d")

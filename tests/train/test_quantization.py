@@ -128,7 +128,10 @@ def test_stage_2_over_4_bits(tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path:
 
 def test_stage_4_over_4_bits(tmp_path: Path) -> None:
     dataset = save_dataset(tmp_path / "data", 30)
-    folder, changed = one_step(token_config(tmp_path / "run", dataset, stage="stage4_mmpt", **SHORT))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"{number} small dogs below a tree"}) for number in range(4)))
+    changes: dict[str, Any] = {"stage": "stage4_mmpt", "text__files": [str(texts)], "text__share": 0.3, **SHORT}
+    folder, changed = one_step(token_config(tmp_path / "run", dataset, **changes))
     assert changed == set()
     model, ids = TokenLM.from_add_on(folder), torch.arange(1, 13).reshape(1, 12)
     assert has_lora(model)
