@@ -187,9 +187,9 @@ def write_results(run_dir: Path, results: Results) -> None:
                 {"question": name, "answers": it.answers, "seeing": _cell(it.seeing), "blind": _cell(it.blind)}
                 for name, it in shares.items()
             ],
-            "note": "Exact answers in conversations about two pictures, each with a pair of objects that no training "
-            "picture shows together. The model's own answers stand before the next question. Blind: the same model, "
-            f"the same text, no pictures. All {TURNS} answers right in {_percent(results.whole())} % of "
+            "note": "Exact answers in conversations about two pictures; at least one shows a pair of objects that "
+            "no training picture shows together. The model's own answers stand before the next question. Blind: the "
+            f"same model, the same text, no pictures. All {TURNS} answers right in {_percent(results.whole())} % of "
             f"{len(results.talks)} conversations.",
             "headline": {"label": "held-out answers right", "text": f"{100 * shares['all'].seeing.value:.0f} %"},
             "order": 1,

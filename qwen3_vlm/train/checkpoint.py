@@ -173,9 +173,20 @@ def run_identity(config: Mapping[str, Any], ranks: int, data_fingerprint: str) -
     for section, free in _FREE.items():
         if section and section not in UNREAD[config["stage"]]:
             identity |= {f"{section}.{key}": value for key, value in config[section].items() if key not in free}
+    if "tokens.tasks" in identity:
+        identity["tokens.tasks"] = _tasks(config["tokens"])
     identity["micro-batches per step (optim.accumulation × processes)"] = config["optim"]["accumulation"] * ranks
     identity["data fingerprint"] = data_fingerprint
     return identity
+
+
+def _tasks(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks, with their folders by number: where the data lie decides nothing."""
+    places = list(tokens["folders"])
+    return {
+        name: {**task, "folders": [places.index(folder) for folder in task["folders"]]}
+        for name, task in tokens["tasks"].items()
+    }
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ class TextMix:
 
     def epoch(self, number: int, samples: int) -> tuple[list[int], list[int]]:
         """Token counts and indices of the text samples that come with `samples` others in an epoch."""
-        count = round(samples * self.share / (1 - self.share))
+        count = max(1, round(samples * self.share / (1 - self.share)))
         _, places = draw(len(self.part), f"{self.seed}/text", number * count, (number + 1) * count)
         tokens = self.part.tokens()
         return [tokens[place] for place in places], [self.first + self.part.indices[place] for place in places]
@@ -168,6 +168,8 @@ def open_data(
         _refuse_pictures(text, config.text)
         texts = TextMix(text, config.text.share, len(train.records), config.seed)
         parts += [("text", text.records.fingerprint)]
+    elif config.lora.kl_weight and len(train.with_pictures()) == len(train):
+        raise DataError("lora.kl_weight has no text to hold: each conversation has a picture. Name some in text.files.")
 
     features = open_features(_pictures(train, held_out)) if open_features else None
     sizes: Any = {"max_image_pixels": data.max_image_pixels, "features": features}

@@ -158,6 +158,18 @@ def test_run_identity_ignores_what_does_not_matter() -> None:
     assert identity(data="e") != base
 
 
+def test_token_folders_may_move_and_tasks_may_not_change_theirs() -> None:
+    def identity(folders: list[str], own: list[str]) -> dict[str, Any]:
+        tasks = {"i2t": {"folders": own}, "a2t": {}}
+        tree = {"stage": "stage3_rows", "tokens": {"folders": folders, "tasks": tasks}}
+        return run_identity(to_dict(parse_config(tree)), 1, "d")
+
+    base = identity(["one", "two"], ["two"])
+    assert identity(["moved/one", "moved/two"], ["moved/two"]) == base
+    assert identity(["one", "two"], ["one"]) != base
+    assert identity(["one", "two"], []) != base
+
+
 @pytest.mark.parametrize("stage", ["stage1_align", "stage2_sft", "stage3_rows", "stage4_mmpt"])
 def test_a_checkpoint_from_before_a_setting_was_there(stage: str, tmp_path: Path) -> None:
     now = json.loads(json.dumps(run_identity(to_dict(parse_config({"stage": stage})), 1, "d")))

@@ -22,7 +22,7 @@ from qwen3_vlm.train.lora_stage import anchor_text
 from qwen3_vlm.train.stages import apply_stage, get_stage
 from qwen3_vlm.train.step_plan import plan_steps
 from qwen3_vlm.train.train_utils import train
-from tests.train.tiny_run import metrics
+from tests.train.tiny_run import metrics, write_records
 from tests.train.tiny_talks import Setting, write_texts
 from tests.train.tiny_token_run import save_dataset, token_config
 
@@ -80,6 +80,9 @@ def test_text_has_no_pictures_and_the_files_are_part_of_the_run(
     other = write_texts(tmp_path / "other", count=7)
     prints = {mixed(setting, tiny_vlm[1], path, tmp_path / "a")[1].fingerprint for path in (texts, other)}
     assert len(prints) == 2
+    seen = {"data__train": [str(write_records(tmp_path / "seen"))], "text__files": [], "text__share": 0.1}
+    with pytest.raises(DataError, match="lora.kl_weight has no text to hold: each conversation has a picture"):
+        mixed(setting, tiny_vlm[1], texts, tmp_path / "b", **seen)
     with pytest.raises(ConfigError, match="does not read the section text"):
         setting.config(tmp_path, stage="stage1_align", model__connector=None, text__share=0.5, lora__rank=16)
 
