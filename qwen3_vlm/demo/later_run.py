@@ -4,6 +4,7 @@ Stage 2, conversations, goes on from the connector; stage 4, drawing and speakin
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from qwen3_vlm.demo.draw_run import run_draw
 from qwen3_vlm.demo.paths import running_command
 from qwen3_vlm.demo.run import STOPPED, wait_passively
 from qwen3_vlm.demo.talk_run import run_talk
-from qwen3_vlm.errors import ConfigError
+from qwen3_vlm.errors import ConfigError, GateError
 from qwen3_vlm.evaluate.speech import bundled_recogniser
 
 
@@ -22,7 +23,8 @@ def run_later(out: Path) -> None:
     Raises:
         ConfigError: the guided run did not end there.
         ModelError: there is no recogniser to judge what is said.
-        GateError: a gate failed, or the answers, drawings or sounds are worse than the demo promises.
+        GateError: a gate failed, or the answers, drawings or sounds are worse than the demo promises; both stages are
+            run before that is said.
     """
     wait_passively()
     connector, rows = out / "run" / "connector", out / "tokens_run" / "rows"
@@ -33,10 +35,21 @@ def run_later(out: Path) -> None:
             )
     bundled_recogniser()
     console, started = Console(), time.monotonic()
-    talker = run_talk(out, connector, console)
-    drawer = talker and run_draw(out, rows, console)
-    if talker is None or drawer is None:
-        console.print(STOPPED)
-        return
+    short: list[str] = []
+    add_ons: list[Path] = []
+    stages: dict[Path, Callable[[Path, Path, Console], Path | None]] = {connector: run_talk, rows: run_draw}
+    for add_on, run_stage in stages.items():
+        try:
+            trained = run_stage(out, add_on, console)
+        except GateError as problem:
+            short.append(str(problem))
+            continue
+        if trained is None:
+            console.print(STOPPED)
+            return
+        add_ons.append(trained)
+    if short:
+        raise GateError("\n".join(short))
+    talker, drawer = add_ons
     console.print(f"{time.monotonic() - started:.0f} s in all. Now one model that does all of it:", style="bold")
     print(f"  {running_command()} chat --connector {talker} --rows {drawer}")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from qwen3_vlm.demo import later_run
+from qwen3_vlm.errors import GateError
 from tests.conftest import Run
 
 
@@ -40,3 +41,17 @@ def test_each_goes_on_from_its_own_add_on(
     printed = capsys.readouterr().out
     assert ("was stopped" in printed) == (stopped is not None)
     assert (f"chat --connector {tmp_path / 'talk'} --rows {tmp_path / 'draw'}" in printed) == (stopped is None)
+
+
+def test_the_second_stage_is_run_though_the_first_falls_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*arguments: Any) -> Path:
+        raise GateError("answers 70 %")
+
+    asked: list[Path] = []
+    monkeypatch.setattr(later_run, "run_talk", short)
+    monkeypatch.setattr(later_run, "run_draw", lambda out, rows, console: asked.append(rows) or tmp_path)
+    for folder in (tmp_path / "run" / "connector", tmp_path / "tokens_run" / "rows"):
+        folder.mkdir(parents=True)
+    with pytest.raises(GateError, match="answers 70 %"):
+        later_run.run_later(tmp_path)
+    assert asked == [tmp_path / "tokens_run" / "rows"]

@@ -81,7 +81,7 @@ def test_text_has_no_pictures_and_the_files_are_part_of_the_run(
     prints = {mixed(setting, tiny_vlm[1], path, tmp_path / "a")[1].fingerprint for path in (texts, other)}
     assert len(prints) == 2
     seen = {"data__train": [str(write_records(tmp_path / "seen"))], "text__files": [], "text__share": 0.1}
-    with pytest.raises(DataError, match="lora.kl_weight has no text to hold: each conversation has a picture"):
+    with pytest.raises(DataError, match=r"lora\.kl_weight has no text to hold: each conversation has a picture"):
         mixed(setting, tiny_vlm[1], texts, tmp_path / "b", **seen)
     with pytest.raises(ConfigError, match="does not read the section text"):
         setting.config(tmp_path, stage="stage1_align", model__connector=None, text__share=0.5, lora__rank=16)
