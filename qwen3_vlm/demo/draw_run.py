@@ -26,10 +26,9 @@ CONFIG = CONFIGS / "demo_stage4.yaml"
 SIZES = DrawSizes()
 WRITTEN = {"t2i": "neat", "t2a": "spoken", "a2i": "heard", "i2a": "spoken"}  # task → its part of the data set
 READ = {"i2t": "pictures", "a2t": "phrases"}  # those of stage 3
-PARTS = tuple(dict.fromkeys(WRITTEN.values()))
 OPTIONS = (
     EvalOptions(  # temperature, top_p and guidance were chosen on scenes of another seed than those that are judged
-        samples=200, sounds=60, gates=False, temperature=0.7, top_p=0.9, guidance=2.0, vision_tower=str(BASES / "tower")
+        samples=200, sounds=60, gates=False, temperature=0.5, top_p=0.9, guidance=1.5, vision_tower=str(BASES / "tower")
     )
 )
 ROUND_TRIP = "of the codec's round trip"  # a column of the table of sounds
@@ -105,7 +104,7 @@ def parts_of(names: Any) -> list[str]:
 
 def draw_config(out: Path, rows: Path) -> RunConfig:
     """`configs/demo_stage4.yaml` with its folders below `out`."""
-    homes = {**dict.fromkeys(WRITTEN.values(), "draw_tokens"), **dict.fromkeys(READ.values(), "tokens")}
+    homes = {**dict.fromkeys(READ.values(), "tokens"), **dict.fromkeys(WRITTEN.values(), "draw_tokens")}
     folders = {part: str(out / home / part) for name, home in homes.items() for part in parts_of([name])}
     values: dict[str, Any] = {
         "model.llm": BASES / "text",
