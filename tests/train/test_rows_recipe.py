@@ -139,7 +139,7 @@ def test_an_adapter_is_not_lost_on_the_way(tmp_path: Path) -> None:
 
 def test_the_order_of_tasks_is_part_of_a_run(tmp_path: Path) -> None:
     """It decides which task a step's odd sample goes to; state.json keeps it."""
-    then = {"tokens.tasks": {"i2t": {"weight": 1.0}, "a2t": {"weight": 1.0}}}
+    then = {"tokens.tasks": {"i2t": {"weight": 1.0, "folders": []}, "a2t": {"weight": 1.0, "folders": []}}}
     saved = SavedState(tmp_path, 3, {"identity": json.loads(json.dumps(then))})
     require_same_run(saved, then)
     with pytest.raises(CheckpointError, match=r"tokens\.tasks"):
