@@ -152,13 +152,18 @@ def test_it_holds_text_at_the_base(setting: Setting, texts: Path, tmp_path: Path
     assert drift[5.0] < 0.6 * drift[0.0]
 
 
-def test_stage_4_reads_texts_beside_its_tasks(tmp_path: Path) -> None:
-    """Texts are graded by themselves, and with the KL in the loss the adapter moves them less."""
-    dataset = save_dataset(tmp_path / "data", 30)
-    texts = tmp_path / "texts.jsonl"
+def tokens_and_texts(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Shards, and the settings of stage 4 with half of its samples texts."""
+    texts = folder / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"a small dog below {number} green trees"}) for number in range(5)))
     changes: dict[str, Any] = {"stage": "stage4_mmpt", "lora__rank": 4, "text__files": [str(texts)], "text__share": 0.5}
-    changes |= {"tokens__tasks": {"i2t": {}}, "eval__quick_every": 20, "save_every": 20, "log_every": 6}
+    return save_dataset(folder / "data", 30), changes | {"tokens__tasks": {"i2t": {}}}
+
+
+def test_stage_4_reads_texts_beside_its_tasks(tmp_path: Path) -> None:
+    """Texts are graded by themselves, and with the KL in the loss the adapter moves them less."""
+    dataset, changes = tokens_and_texts(tmp_path)
+    changes |= {"eval__quick_every": 20, "save_every": 20, "log_every": 6}
     drift = {}
     for weight in (0.0, 5.0):
         config = token_config(tmp_path / str(weight), dataset, **changes, lora__kl_weight=weight, optim__max_steps=6)
@@ -176,11 +181,8 @@ def test_stage_4_reads_texts_beside_its_tasks(tmp_path: Path) -> None:
 
 def test_texts_of_no_weight_are_read_but_teach_nothing(tmp_path: Path) -> None:
     """The loss of a step is then that of its other tokens, over all of them."""
-    dataset = save_dataset(tmp_path / "data", 30)
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("\n".join(json.dumps({"text": f"a small dog below {number} green trees"}) for number in range(5)))
-    changes: dict[str, Any] = {"stage": "stage4_mmpt", "lora__rank": 4, "text__files": [str(texts)], "text__share": 0.5}
-    changes |= {"tokens__tasks": {"i2t": {}}, "log_every": 1, "optim__max_steps": 1, "text__loss_weight": 0}
+    dataset, changes = tokens_and_texts(tmp_path)
+    changes |= {"log_every": 1, "optim__max_steps": 1, "text__loss_weight": 0}
     train(token_config(tmp_path / "run", dataset, **changes))
     (line,) = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
     expected = line["loss_i2t"] * line["tokens_i2t"] / (line["tokens_i2t"] + line["tokens_text"])
