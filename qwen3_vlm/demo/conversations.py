@@ -7,8 +7,10 @@
 
 What is asked and answered follows from the captions alone, so it is right where they are. Before a pair of pictures
 is chosen it is decided what will be asked, and what the answer is to be: each answer of a form is then as frequent as
-the others, and guessing from the question gets no further than one of them. The pictures stay where they are;
-their paths are relative to the data set's folder (`data.image_root`).
+the others, and guessing from the question gets no further than one of them. Where the pictures are compared, the
+answer says first what it sees in each (`green, blue: first`): a word of it is then one reading or one comparison,
+never two readings and a comparison at once. The pictures stay where they are; their paths are relative to the data
+set's folder (`data.image_root`).
 """
 
 import json
@@ -29,7 +31,7 @@ from qwen3_vlm.storage import atomic_directory
 Kind = Literal["colour", "count", "object", "which"]
 KINDS: tuple[Kind, ...] = ("colour", "count", "object", "which")
 # Of the training conversations. Many short answers to a pair of pictures: each is a lesson in which of them is meant.
-TRAINING_MIX: dict[Kind, float] = {"which": 1.6, "count": 0.8, "object": 1.0, "colour": 0.8}
+TRAINING_MIX: dict[Kind, float] = {"which": 1.6, "count": 0.8, "object": 1.4, "colour": 0.5}
 POSITIONS = ("first", "second")
 TURNS, TRAINING_TURNS = 3, 6
 ANSWERS = tuple(COUNTS.values())
@@ -68,9 +70,14 @@ class Picture:
         return cls(path, objects, facts.background, "" if alone else facts.places[0])
 
     @cached_property
+    def named(self) -> tuple[str, ...]:
+        """Names of the objects, each once, in the caption's order."""
+        return tuple(dict.fromkeys(name for name, _ in self.objects))
+
+    @cached_property
     def names(self) -> frozenset[str]:
         """Of the objects."""
-        return frozenset(name for name, _ in self.objects)
+        return frozenset(self.named)
 
 
 Pair = tuple[Picture, Picture]
@@ -134,7 +141,8 @@ def which_shows(answer: str) -> Form:
         first, second = (picture.names for picture in pair)
         fitting = {"first": first - second, "second": second - first, "both": first & second}
         names = sorted(fitting.get(answer) or (set(NAMES) - first - second if answer == "neither" else ()))
-        return Asked("which", f"which picture shows a {rng.choice(names)}", answer, None) if names else None
+        seen = [" and ".join(f"a {name}" for name in picture.named) for picture in pair]
+        return _compared(f"which picture shows a {rng.choice(names)}", seen, answer) if names else None
 
     return Form("", None, ask)
 
@@ -144,7 +152,8 @@ def which_background(answer: str) -> Form:
 
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
         words = [w for w in BACKGROUND_WORDS if _which(*(picture.background == w for picture in pair)) == answer]
-        return Asked("which", f"which picture has a {rng.choice(words)} background", answer, None) if words else None
+        seen = [picture.background for picture in pair]
+        return _compared(f"which picture has a {rng.choice(words)} background", seen, answer) if words else None
 
     return Form("", None, ask)
 
@@ -155,9 +164,15 @@ def which_has_more(answer: str) -> Form:
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
         first, second = (len(picture.objects) for picture in pair)
         true = _which(first > second, second > first)
-        return Asked("which", "which picture has more objects", answer, None) if true == answer else None
+        seen = [COUNTS[len(picture.objects)] for picture in pair]
+        return _compared("which picture has more objects", seen, answer) if true == answer else None
 
     return Form("more", None, ask)
+
+
+def _compared(question: str, seen: Sequence[str], answer: str) -> Asked:
+    """`two, three: second`: what is seen in the first picture and in the second, and what follows."""
+    return Asked("which", question, f"{', '.join(seen)}: {answer}", None)
 
 
 def _which(first: bool, second: bool) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import random
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,21 @@ from rich.console import Console
 
 from qwen3_vlm.config import RunConfig
 from qwen3_vlm.demo import draw_run
-from qwen3_vlm.demo.draw_dataset import SPEAKER, DrawSizes, build, neat_picture, scene_of, unheard_voice
+from qwen3_vlm.demo.draw_dataset import (
+    FRAME,
+    PACE,
+    SPEAKER,
+    DrawSizes,
+    build,
+    neat_picture,
+    scene_of,
+    settled,
+    unheard_voice,
+    word_by_word,
+)
 from qwen3_vlm.demo.token_run import UTI_CONFIG, uti_overrides
-from qwen3_vlm.demo.voices import TRAINING_VOICES
-from qwen3_vlm.demo.world import NAMES, is_held_out
+from qwen3_vlm.demo.voices import TRAINING_VOICES, Line
+from qwen3_vlm.demo.world import CELLS, NAMES, Scene, is_held_out, scenes
 from qwen3_vlm.errors import GateError
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 
@@ -55,7 +67,7 @@ def test_what_is_written_is_the_same_for_the_same_words(out: Path) -> None:
     for line in [*lines(out, "spoken"), *lines(out, "spoken_unseen")]:
         said = line["meta"]
         told = (said["voice"], said["words_per_minute"], said["pitch"])
-        assert told == (SPEAKER.name, SPEAKER.words_per_minute, SPEAKER.pitch)
+        assert told == (SPEAKER.name, PACE, SPEAKER.pitch)
     assert {line["modalities"].keys() == {"image"} for line in lines(out, "neat")} == {True}
     for line in lines(out, "heard"):
         assert line["meta"]["voice"] != unheard_voice(line["text"].split()[1]).name
@@ -77,6 +89,33 @@ def test_a_cell_looks_the_same_wherever_it_is() -> None:
     rest = found["left"].copy()
     rest[8:24, 8:24] = 255
     assert (rest == 255).all()
+
+
+def test_one_picture_for_each_caption() -> None:
+    """Whatever a caption leaves open is the same: scenes of one caption are one scene, its caption still true."""
+    stream = [*islice(scenes("settled"), 4000), *islice(scenes("settled", unseen=True), 500)]
+    found: dict[str, Scene] = {}
+    for scene in stream:
+        same = settled(scene)
+        assert found.setdefault(same.caption(), same) == same
+        assert same.caption() == scene.caption()
+        cells = tuple((thing.column, thing.row) for thing in same.things)
+        layouts = ("row", "column", "trio_row", "trio_column") if same.layout == "group" else (same.layout,)
+        assert any(cells in CELLS[layout] for layout in layouts)
+    assert len(found) > 2000
+
+
+def test_a_name_sounds_the_same_in_every_phrase() -> None:
+    """Its samples begin on a frame of the codec, and are the same wherever it stands."""
+    line = Line("a cat", SPEAKER, PACE, SPEAKER.pitch)
+    alone, sized, first, second = (
+        word_by_word(replace(line, text=text)).reshape(-1, FRAME)
+        for text in ("a cat", "a small cat", "a cat and a horse", "a horse and a cat")
+    )
+    cat = next(alone[start:] for start in range(len(alone)) if (sized[start - len(alone) :] == alone[start:]).all())
+    assert len(cat) > 10
+    assert (second[-len(cat) :] == cat).all()
+    assert (first[: len(alone)] == alone).all()
 
 
 def test_the_data_set_is_kept_when_it_is_there(out: Path) -> None:
