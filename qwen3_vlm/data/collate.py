@@ -51,7 +51,7 @@ class Batch:
     image_counts: tuple[int, ...] = ()  # pictures of each sample that the connector has to encode
     dropped_turns: tuple[int, ...] = ()
     skipped: list[SkippedRecord] = field(default_factory=list)
-    num_label_tokens: int = 0
+    num_label_tokens: int = 0  # that the loss is a mean over: graded, with a weight above 0
     num_tokens: int = 0  # real ones, without padding
     num_media: int = 0  # pictures and sounds, as pixels or as ids
     num_text_predictions: int = 0  # tokens of marked text-only samples that have one before them

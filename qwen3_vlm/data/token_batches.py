@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from qwen3_vlm.data.collate import Batch
@@ -168,11 +169,16 @@ class TokenCollator:
             answer_lengths=tuple(sequence.num_label_tokens for sequence in sequences),
             dropped_turns=(0,) * len(sequences),
             skipped=list(skipped),
-            num_label_tokens=int((labels != IGNORED).sum()),
+            num_label_tokens=int((labels[self._teaches(tasks)] != IGNORED).sum()),
             num_tokens=sum(map(len, sequences)),
             num_media=sum(sequence.task != TEXT for sequence in sequences),  # every task has one, in or out
             num_text_predictions=sum(len(sequence) - 1 for sequence in texts),
         )
+
+    def _teaches(self, tasks: Tensor) -> Tensor:
+        """(B, T) → (B,): whose losses have a weight above 0; the others take no part in the mean."""
+        rows = tasks[:, 0]
+        return torch.ones_like(rows, dtype=torch.bool) if self.weights is None else self.weights[rows] > 0
 
 
 class TokenBatches(Dataset[Batch]):

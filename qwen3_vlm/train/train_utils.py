@@ -4,7 +4,7 @@
       → each optimizer step: count labels over all ranks, forward/backward per micro-batch, clip, update
       → evaluate, dump golden answers, save → gates → add-on directory, report
 
-The loss of a step is divided by the number of supervised tokens in the *whole* step, all
+The loss of a step is divided by the number of supervised tokens in the *whole* step (those of a weight above 0), all
 micro-batches and ranks together, so splitting it differently changes nothing. What is trained, and on what, is the
 recipe's business. Everything that a
 step depends on is in the config, the data and the checkpoint, so a killed run goes on bit for bit.
@@ -165,7 +165,7 @@ def _train_step(run: Run, step: RankStep, batches: Sequence[Batch], stop: bool) 
     totals = _agree(run, batches, stop)
     rate = learning_rate(run.step, run.plan.total, run.config.optim)
     loss, norm, tasks = 0.0, 0.0, TaskSums()
-    if totals.labels:
+    if totals.labels or (run.anchor and totals.texts):
         inputs = [batch.inputs for batch in batches if batch.inputs]
         if run.accelerator.num_processes > 1:
             inputs += [empty_micro_batch()] * (step.passes - len(inputs))
@@ -200,7 +200,7 @@ def _accumulate(run: Run, inputs: Sequence[dict[str, Tensor]], labels: int, text
     DDP and FSDP average gradients over ranks, hence labels ÷ ranks.
     """
     accelerator = run.accelerator
-    share, share_of_texts = labels / accelerator.num_processes, texts / accelerator.num_processes
+    share, share_of_texts = max(labels, 1) / accelerator.num_processes, texts / accelerator.num_processes
     total, tasks = torch.zeros((), device=accelerator.device), TaskSums(accelerator.device)
     for number, tensors in enumerate(inputs, start=1):
         on_device = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in tensors.items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,14 +15,18 @@ from torch import Tensor
 from qwen3_vlm.data.collate import Batch, Collator
 from qwen3_vlm.data.encode import SampleEncoder
 from qwen3_vlm.data.loader import BatchDataset
+from qwen3_vlm.data.task_mixture import TaskSample
+from qwen3_vlm.data.token_batches import TokenCollator
 from qwen3_vlm.errors import ConfigError, DataError
 from qwen3_vlm.models.lora import add_lora, lora_parameters
+from qwen3_vlm.tokenization.sequences import TEXT, TokenSequence
 from qwen3_vlm.train import train_utils
 from qwen3_vlm.train.data_source import DataSource, open_data
 from qwen3_vlm.train.lora_stage import anchor_text
 from qwen3_vlm.train.stages import apply_stage, get_stage
 from qwen3_vlm.train.step_plan import plan_steps
 from qwen3_vlm.train.train_utils import train
+from tests.models.grown import SPACE, grow, make_base, sequences
 from tests.train.tiny_run import metrics, write_records
 from tests.train.tiny_talks import Setting, write_texts
 from tests.train.tiny_token_run import save_dataset, token_config
@@ -180,11 +185,49 @@ def test_stage_4_reads_texts_beside_its_tasks(tmp_path: Path) -> None:
 
 
 def test_texts_of_no_weight_are_read_but_teach_nothing(tmp_path: Path) -> None:
-    """The loss of a step is then that of its other tokens, over all of them."""
+    """The loss of a step is then the mean over its other tokens alone."""
     dataset, changes = tokens_and_texts(tmp_path)
     changes |= {"log_every": 1, "optim__max_steps": 1, "text__loss_weight": 0}
     train(token_config(tmp_path / "run", dataset, **changes))
     (line,) = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
-    expected = line["loss_i2t"] * line["tokens_i2t"] / (line["tokens_i2t"] + line["tokens_text"])
-    assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert line["supervised_tokens"] == line["tokens_i2t"]
+    assert line["loss"] == pytest.approx(line["loss_i2t"], rel=1e-5)
     assert line["loss_text"] > 0
+
+
+@pytest.mark.parametrize("weights", [{"i2t": 2.0, TEXT: 0.0}, {"i2t": 0.5, TEXT: 0.25}, {"i2t": 1.0, TEXT: 0.0}])
+def test_the_loss_of_a_step_is_a_mean_of_the_tokens_that_count(weights: dict[str, float]) -> None:
+    """Σ weight · −log p ÷ how many tokens have a weight above 0, in float64 from the scores; however it is split."""
+    model = grow(make_base(tied=True)).train()
+    texts = [TokenSequence.of_text(np.arange(start, start + 9, dtype=np.int32)) for start in (3, 20)]
+    made = [*sequences(["i2t", "i2t"]), *texts]
+    wanted, count = 0.0, 0
+    with torch.no_grad():
+        for sequence in made:
+            ids, labels = (torch.from_numpy(part).long()[None] for part in (sequence.input_ids, sequence.labels))
+            scores = model.eval()(ids).logits[0, :-1].double().log_softmax(-1)
+            graded = labels[0, 1:] != -100
+            weight = weights[sequence.task]
+            wanted -= weight * float(scores[graded].gather(1, ids[0, 1:][graded, None]).sum())
+            count += int(graded.sum()) * (weight > 0)
+    collate = TokenCollator(SPACE, weights)
+    run: Any = SimpleNamespace(
+        accelerator=Accelerator(cpu=True), wrapped=model.train(), recipe=SimpleNamespace(loss_options=dict), anchor=None
+    )
+    for size in (1, 2, len(made)):
+        parts = [made[start : start + size] for start in range(0, len(made), size)]
+        batches = [collate(part, [TaskSample(part[0].task, 0, 0)] * len(part), [""] * len(part)) for part in parts]
+        assert sum(batch.num_label_tokens for batch in batches) == count
+        loss, _ = train_utils._accumulate(run, [batch.inputs for batch in batches], count)
+        assert loss == pytest.approx(wanted / count, rel=1e-5)
+
+
+def test_a_step_of_texts_without_weight_still_holds_them(tmp_path: Path) -> None:
+    """There is nothing to take the mean of, and the KL is in the loss all the same."""
+    dataset, changes = tokens_and_texts(tmp_path)
+    changes |= {"log_every": 1, "optim__max_steps": 3, "optim__learning_rate": 1e-2, "lora__kl_weight": 5.0}
+    changes |= {"text__loss_weight": 0, "text__share": 0.8, "optim__batch_size": 1, "optim__accumulation": 2}
+    train(token_config(tmp_path / "run", dataset, **changes))
+    lines = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert [line["supervised_tokens"] > 0 for line in lines] == [False, True, False]
+    assert min(lines[2]["text_kl"], lines[2]["grad_norm"]) > 0
