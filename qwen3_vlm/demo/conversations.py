@@ -8,9 +8,9 @@
 What is asked and answered follows from the captions alone, so it is right where they are. Before a pair of pictures
 is chosen it is decided what will be asked, and what the answer is to be: each answer of a form is then as frequent as
 the others, and guessing from the question gets no further than one of them. Where the pictures are compared, the
-answer says first what it sees in each (`green, blue: first`): a word of it is then one reading or one comparison,
-never two readings and a comparison at once. The pictures stay where they are; their paths are relative to the data
-set's folder (`data.image_root`).
+answer says first what it sees in each (`green yes; blue no: first`): a word of it is then one reading or one
+comparison, never two readings and a comparison at once. The pictures stay where they are; their paths are relative to
+the data set's folder (`data.image_root`).
 """
 
 import json
@@ -31,7 +31,7 @@ from qwen3_vlm.storage import atomic_directory
 Kind = Literal["colour", "count", "object", "which"]
 KINDS: tuple[Kind, ...] = ("colour", "count", "object", "which")
 # Of the training conversations. Many short answers to a pair of pictures: each is a lesson in which of them is meant.
-TRAINING_MIX: dict[Kind, float] = {"which": 1.6, "count": 0.8, "object": 1.4, "colour": 0.5}
+TRAINING_MIX: dict[Kind, float] = {"which": 1.8, "count": 0.6, "object": 1.5, "colour": 0.5}
 POSITIONS = ("first", "second")
 TURNS, TRAINING_TURNS = 3, 6
 ANSWERS = tuple(COUNTS.values())
@@ -141,8 +141,11 @@ def which_shows(answer: str) -> Form:
         first, second = (picture.names for picture in pair)
         fitting = {"first": first - second, "second": second - first, "both": first & second}
         names = sorted(fitting.get(answer) or (set(NAMES) - first - second if answer == "neither" else ()))
-        seen = [" and ".join(f"a {name}" for name in picture.named) for picture in pair]
-        return _compared(f"which picture shows a {rng.choice(names)}", seen, answer) if names else None
+        if not names:
+            return None
+        name = rng.choice(names)
+        seen = [", ".join(f"a {_checked(shown, name)}" for shown in picture.named) for picture in pair]
+        return _compared(f"which picture shows a {name}", seen, answer)
 
     return Form("", None, ask)
 
@@ -152,8 +155,11 @@ def which_background(answer: str) -> Form:
 
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
         words = [w for w in BACKGROUND_WORDS if _which(*(picture.background == w for picture in pair)) == answer]
-        seen = [picture.background for picture in pair]
-        return _compared(f"which picture has a {rng.choice(words)} background", seen, answer) if words else None
+        if not words:
+            return None
+        word = rng.choice(words)
+        seen = [_checked(picture.background, word) for picture in pair]
+        return _compared(f"which picture has a {word} background", seen, answer)
 
     return Form("", None, ask)
 
@@ -171,8 +177,12 @@ def which_has_more(answer: str) -> Form:
 
 
 def _compared(question: str, seen: Sequence[str], answer: str) -> Asked:
-    """`two, three: second`: what is seen in the first picture and in the second, and what follows."""
-    return Asked("which", question, f"{', '.join(seen)}: {answer}", None)
+    """`two; three: second`: what is seen in the first picture and in the second, and what follows."""
+    return Asked("which", question, f"{'; '.join(seen)}: {answer}", None)
+
+
+def _checked(seen: str, wanted: str) -> str:
+    return f"{seen} {'yes' if seen == wanted else 'no'}"
 
 
 def _which(first: bool, second: bool) -> str:

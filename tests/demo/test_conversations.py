@@ -33,6 +33,7 @@ from qwen3_vlm.errors import DataError
 from qwen3_vlm.evaluate.text_suite import TEXTS
 
 NUMBERS = ("none", "one", "two", "three")
+YES = {True: "yes", False: "no"}
 SIZES = TalkSizes(train=60, heldout=40, texts=60)
 
 
@@ -68,16 +69,17 @@ def true_answer(question: str, before: str, shown: Sequence[Scene]) -> str:
     if follow := re.fullmatch(r"and (?:of|in) the (first|second) picture", question):
         question = re.sub("first|second", follow[1], before)
     if found := re.fullmatch(r"which picture shows a (\w+)", question):
-        seen = [list(dict.fromkeys(f"a {thing.name}" for thing in scene.things)) for scene in shown]
-        truths = [f"a {found[1]}" in names for names in seen]
-        return f"{' and '.join(seen[0])}, {' and '.join(seen[1])}: {which(truths)}"
+        seen = [list(dict.fromkeys(thing.name for thing in scene.things)) for scene in shown]
+        first, second = (", ".join(f"a {name} {YES[name == found[1]]}" for name in names) for names in seen)
+        return f"{first}; {second}: {which([found[1] in names for names in seen])}"
     if found := re.fullmatch(r"which picture has a (\w+) background", question):
         first, second = (scene.background for scene in shown)
-        return f"{first}, {second}: {which([first == found[1], second == found[1]])}"
+        truths = [first == found[1], second == found[1]]
+        return f"{first} {YES[truths[0]]}; {second} {YES[truths[1]]}: {which(truths)}"
     numbers = [len(scene.things) for scene in shown]
     if question == "which picture has more objects":
         more = which([numbers[0] > numbers[1], numbers[1] > numbers[0]])
-        return f"{NUMBERS[numbers[0]]}, {NUMBERS[numbers[1]]}: {more}"
+        return f"{NUMBERS[numbers[0]]}; {NUMBERS[numbers[1]]}: {more}"
     scene = shown["second" in question.split()[-2:]]
     if re.fullmatch(r"what colour is the background of the (first|second) picture", question):
         return scene.background
