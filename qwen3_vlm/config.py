@@ -93,8 +93,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TrunkConfig:
+    """How the language model's decoder goes on learning beside new rows: through an adapter, or whole."""
+
+    training: Literal["lora", "full"] = "lora"  # full: every weight between embedding and head, and no adapter
+    learning_rate: float | None = None  # of the whole decoder; None: optim.learning_rate
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        require(rate is None or rate > 0, "learning_rate", rate, "must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class TextConfig:
-    """Text alone, mixed in where an adapter trains, so that text behaviour stays what it was."""
+    """Text alone, mixed in where the language model learns, so that text behaviour stays what it was."""
 
     # stage 2: conversations without pictures, in the formats of data.train; stage 4: JSON or JSONL of {"text": …}
     files: tuple[str, ...] = ()
@@ -260,6 +272,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
     text: TextConfig = field(default_factory=TextConfig)
     rows: RowsConfig = field(default_factory=RowsConfig)
     tokens: TokenDataConfig = field(default_factory=TokenDataConfig)
@@ -279,15 +292,38 @@ class RunConfig:
             raise ConfigError("lora.kl_weight is measured on the texts of text.files, which names none.")
         if self.model.quantization and "lora" in UNREAD[self.stage]:
             raise ConfigError(f"model.quantization is for stages with an adapter; {self.stage} has none, leave it out.")
+        _check_trunk(self)
 
 
 # Sections that a stage has no use for: set in vain, they would be a misunderstanding.
 UNREAD: dict[str, tuple[str, ...]] = {
-    "stage1_align": ("lora", "text", "rows", "tokens"),
-    "stage2_sft": ("rows", "tokens", "sweep"),
-    "stage3_rows": ("data", "lora", "text", "sweep"),
+    "stage1_align": ("lora", "trunk", "text", "rows", "tokens"),
+    "stage2_sft": ("trunk", "rows", "tokens", "sweep"),
+    "stage3_rows": ("data", "lora", "trunk", "text", "sweep"),
     "stage4_mmpt": ("data", "sweep"),
 }
+_OF_ADAPTERS = ("rank", "alpha", "dropout", "dora", "learning_rate")  # in `lora`; the rest of it is about text
+
+
+def _check_trunk(config: RunConfig) -> None:
+    """Where the whole decoder trains there is no adapter, and nothing in 4 bits.
+
+    Raises:
+        ConfigError: settings of the one are given for the other.
+    """
+    if config.trunk.training != "full":
+        if config.trunk.learning_rate is not None:
+            raise ConfigError("trunk.learning_rate is for trunk.training: full; an adapter has lora.learning_rate.")
+        return
+    usual = LoraConfig()
+    given = [f"lora.{name}" for name in _OF_ADAPTERS if getattr(config.lora, name) != getattr(usual, name)]
+    if given:
+        raise ConfigError(
+            f"trunk.training is full, so there is no adapter for {', '.join(given)}; leave out what describes one "
+            "(kl_weight and the limits on text drift are read)."
+        )
+    if config.model.quantization:
+        raise ConfigError("trunk.training is full, and weights in 4 bits can't be trained; leave out quantization.")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

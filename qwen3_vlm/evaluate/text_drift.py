@@ -1,9 +1,10 @@
-"""How far did an adapter move the text behaviour of its base? Measured, since with an adapter it does move.
+"""How far did training move the text behaviour of the base? Measured where the decoder learns, since it does move.
 
-A fixed suite of texts is read with the adapter and without it, by the same model:
+A fixed suite of texts is read with the adapter and without it, by the same model; or, where the decoder itself was
+trained, by the model and by its base:
 
-- KL(base ‖ adapted) of the next-token distributions, in nats per token;
-- perplexity with the adapter ÷ perplexity of the base.
+- KL(base ‖ trained) of the next-token distributions, in nats per token;
+- perplexity after training ÷ perplexity of the base.
 
 Both have a limit in the config, and are gates. One text is in memory at a time.
 
@@ -86,13 +87,21 @@ class DriftReport:
 
 
 def measure_drift(
-    model: Any, tokenizer: Any, *, max_kl: float, max_ratio: float, texts: Sequence[str] = TEXTS, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    *,
+    max_kl: float,
+    max_ratio: float,
+    texts: Sequence[str] = TEXTS,
+    seed: int = 0,
+    base: Any = None,
 ) -> DriftReport:
-    """Read every text with and without the adapter.
+    """Read every text with and without what was trained.
 
     Args:
-        model: with adapters in it; takes `input_ids`, gives `logits`. A TokenLM is read in text mode.
+        model: takes `input_ids`, gives `logits`. A TokenLM is read in text mode.
         tokenizer: the base's Hugging Face tokenizer.
+        base: a model of the same class in eval mode, whose decoder is the base's; None: `model` without its adapters.
     """
     num_ids = max(tokenizer.get_vocab().values()) + 1
     space = getattr(model, "token_space", None)
@@ -104,7 +113,7 @@ def measure_drift(
             if len(ids) > 1:
                 given = torch.tensor([ids], device=device_of(model))
                 with without_lora(model):
-                    before = _log_probs(model, given, num_ids, options)
+                    before = _log_probs(model if base is None else base, given, num_ids, options)
                 found.append(_compare(before, _log_probs(model, given, num_ids, options), given[0, 1:].cpu()))
     kl, first, second, counts = (np.array(column) for column in zip(*found, strict=True))
     return DriftReport(kl, first, second, counts.astype(np.int64), max_kl, max_ratio, seed)

@@ -1,9 +1,10 @@
-"""How far adapters move the text behaviour of their base, as a loss that holds it back.
+"""How far training moves the text behaviour of the base, as a loss that holds it back.
 
     KL(base ‖ adapted) of the next-token distributions, at every token of the text-only samples of a batch
 
-The base is the same model with its adapters off, so there is no second copy; it reads the text-only samples alone,
-moved together. Both distributions are there for some positions at a time, and never for all of them.
+The base is the same model with its adapters off, so there is no second copy; where its own weights train, it is a
+frozen copy of them (`trunk.frozen_copy`). It reads the text-only samples alone, moved together. Both distributions are
+there for some positions at a time, and never for all of them.
 
 Shapes: B rows, T tokens, R rows with text-only samples, W the most text tokens of a row, S compared predictions,
 D width, V vocabulary.
@@ -28,10 +29,12 @@ class BaseDivergence:
         trunk: a decoder with adapters and without its head, such as `Qwen3Model`.
         head: has a frozen `weight` (V, D); what a head has behind it, such as new vocabulary rows, is left out.
         text_config: of the decoder; says what its family does to the head's scores.
+        base: the decoder as it was, which takes embeddings alone; None: `trunk` without its adapters.
     """
 
-    def __init__(self, trunk: Any, head: Any, text_config: Any) -> None:
+    def __init__(self, trunk: Any, head: Any, text_config: Any, base: Any = None) -> None:
         self._trunk, self._head, self._config = trunk, head, text_config
+        self._base = trunk if base is None else base
 
     def __call__(
         self, hidden: Tensor, input_ids: Tensor, position_ids: Tensor | None = None, text_mask: Tensor | None = None
@@ -71,7 +74,7 @@ class BaseDivergence:
         with without_lora(self._trunk):
             embeddings = self._trunk.get_input_embeddings()(input_ids)
             embeddings = embeddings.float() if must_widen(self._head.weight) else embeddings
-            outputs = self._trunk(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False)
+            outputs = self._base(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False)
         found: Tensor = outputs.last_hidden_state
         return found
 

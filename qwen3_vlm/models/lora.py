@@ -81,15 +81,15 @@ def add_lora(
     return targets
 
 
-def marked(adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's names, marked as such."""
-    return {f"{LORA}{name}": value for name, value in adapter.items()}
+def marked(adapter: Mapping[str, Any], mark: str = LORA) -> dict[str, Any]:
+    """An adapter's names, marked as such; with another mark those of another part."""
+    return {f"{mark}{name}": value for name, value in adapter.items()}
 
 
-def unmarked(found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def unmarked(found: Mapping[str, Tensor], mark: str = LORA) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What stands without the mark, and the adapter under its own names."""
-    others = {name: value for name, value in found.items() if not name.startswith(LORA)}
-    return others, {name.removeprefix(LORA): value for name, value in found.items() if name.startswith(LORA)}
+    others = {name: value for name, value in found.items() if not name.startswith(mark)}
+    return others, {name.removeprefix(mark): value for name, value in found.items() if name.startswith(mark)}
 
 
 def has_lora(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@
     uti.yaml                                the tokenizers behind them
     evidence.json                           gates and figures
     adapter_model.safetensors, adapter_config.json   LoRA on the base, where a stage trained it; PEFT's format
+    trunk.safetensors                       or the base's decoder, where a stage trained all of it (`trunk`)
 
 `row_start` is the base's number of embedding rows, `row_end` the size of the whole vocabulary: one beyond the last row.
 Rows of another base, another token space or another range, changed files, pickles with anything but such rows in
@@ -43,6 +44,7 @@ from qwen3_vlm.models.row_base import (
 )
 from qwen3_vlm.models.row_tensors import DTYPE, ROW_NAMES, read_layout, read_row_tensors, write_row_tensors
 from qwen3_vlm.models.token_lm import TokenLM
+from qwen3_vlm.models.trunk import TRUNK, TRUNK_MARK, read_trunk, trunk_parameters, write_trunk
 from qwen3_vlm.storage import atomic_directory, atomic_write_bytes, atomic_write_json, read_bytes, read_json
 from qwen3_vlm.tokenization.strict_json import tree_differences
 from qwen3_vlm.tokenization.token_space import FILE_NAME, HASH_NAME, MAX_IDS, TokenSpace
@@ -64,12 +66,13 @@ __all__ = [
     "write_rows",
 ]
 
-FORMAT = 1
+ROWS_FORMAT, TRUNK_FORMAT = 1, 2  # the second may hold a trunk; without one the first is still written
 ROWS_TENSORS, ROWS_INFO = "trainable_rows.pt", "trainable_rows.json"
 MAX_UTI_BYTES = 1_000_000
 MAX_WIDTH = 262_144
 _REQUIRED_FILES = (ROWS_TENSORS, EVIDENCE, FILE_NAME, HASH_NAME)
-_FILES = (*_REQUIRED_FILES, CONFIG_NAME, *ADAPTER_FILES)
+_FILES = (*_REQUIRED_FILES, CONFIG_NAME, *ADAPTER_FILES, TRUNK)
+_CHECKED_LATER = (ROWS_TENSORS, TRUNK)  # where they are read: they are large
 _NUMBERS = {"row_start": MAX_IDS, "row_end": MAX_IDS + 1, "width": MAX_WIDTH}
 
 
@@ -88,7 +91,8 @@ def save_rows(
     Args:
         base: from `describe_base`.
         uti: the uti.yaml behind the token space, or a folder with it; copied as it is. None: there is none.
-        tensors: the rows, named as in `TokenLM.row_parameters`, where `model` holds but a shard of them.
+        tensors: the rows, named as in `TokenLM.row_parameters`, with a marked adapter or trunk, where `model` holds but
+            shards of them.
         evidence: content of evidence.json.
         details: further keys of trainable_rows.json, such as stage, step, seed and package versions.
 
@@ -114,10 +118,12 @@ def write_rows(
     """The files of `save_rows` in a folder whose atomicity is the caller's."""
     space = model.token_space
     require_tokenizer(base["base_llm"], base["tokenizer_fingerprint"], space)
-    found_here = model.row_parameters() | marked(lora_parameters(model.language_model))
-    rows, adapter = unmarked(tensors if tensors is not None else found_here)
+    rows, adapter = unmarked(tensors if tensors is not None else _tensors_of(model))
+    rows, trunk = unmarked(rows, TRUNK_MARK)
     if adapter:
         write_adapter(folder, model.language_model, model.trunk_prefix, base["base_llm"], adapter)
+    if trunk:
+        write_trunk(folder, trunk, model.trunk_prefix, model.dtype)
     first, end = space.text.vocab_size, space.vocab_size_total
     write_row_tensors(folder / ROWS_TENSORS, rows, first, end, base["base_llm"])
     atomic_write_json(folder / EVIDENCE, dict(evidence or {"format": 1, "gates": []}))
@@ -125,13 +131,13 @@ def write_rows(
     if uti is not None:
         atomic_write_bytes(folder / CONFIG_NAME, _uti_bytes(Path(uti)))
     info = {
-        "format": FORMAT,
+        "format": TRUNK_FORMAT if trunk else ROWS_FORMAT,
         **(details or {}),
         "row_start": first,
         "row_end": end,
         "width": rows["embeddings"].shape[1],
         "has_lm_head": "lm_head" in rows,
-        "parameters": sum(tensor.numel() for tensor in [*rows.values(), *adapter.values()]),
+        "parameters": sum(tensor.numel() for part in (rows, adapter, trunk) for tensor in part.values()),
         "dtype": DTYPE,
         "base_dtype": str(model.dtype).removeprefix("torch."),
         **base,
@@ -139,6 +145,12 @@ def write_rows(
         "files": describe_files(folder, [name for name in _FILES if (folder / name).is_file()]),
     }
     atomic_write_json(folder / ROWS_INFO, info)
+
+
+def _tensors_of(model: TokenLM) -> dict[str, Tensor]:
+    """All that is no longer the base's, marked."""
+    found = model.row_parameters() | marked(lora_parameters(model.language_model))
+    return found | (marked(trunk_parameters(model.language_model), TRUNK_MARK) if model.owns_trunk else {})
 
 
 def find_rows(source: str | Path) -> Path:
@@ -155,7 +167,7 @@ def find_rows(source: str | Path) -> Path:
     return resolve_folder(
         source,
         what="add-on",
-        patterns=("trainable_rows.*", "token_space.*", "adapter_*", CONFIG_NAME, EVIDENCE),
+        patterns=("trainable_rows.*", "token_space.*", "adapter_*", TRUNK, CONFIG_NAME, EVIDENCE),
         required=(ROWS_INFO, *_REQUIRED_FILES),
     )
 
@@ -174,7 +186,8 @@ def has_rows(source: str | Path) -> bool:
 def read_rows_info(directory: str | Path) -> dict[str, Any]:
     """trainable_rows.json, checked for its format and the type of what it holds.
 
-    The token space, uti.yaml and evidence.json beside it are those it was written with; rows are left to `read_rows`.
+    The token space, uti.yaml and evidence.json beside it are those it was written with; rows and a trunk are left to
+    what reads them.
 
     Raises:
         AddOnError: this is no trainable-rows folder, one of another format, or it contradicts itself.
@@ -185,15 +198,18 @@ def read_rows_info(directory: str | Path) -> dict[str, Any]:
     if not (folder / ROWS_INFO).is_file():
         raise AddOnError(f"{folder} is no trainable-rows folder: it has no {ROWS_INFO}.")
     info = read_json(folder / ROWS_INFO, error=AddOnError, max_bytes=MAX_INFO_BYTES)
-    if info.get("format") != FORMAT:
-        raise AddOnError(f"{folder / ROWS_INFO} has format {info.get('format')!r}; this version reads format {FORMAT}.")
+    if info.get("format") not in (ROWS_FORMAT, TRUNK_FORMAT):
+        raise AddOnError(
+            f"{folder / ROWS_INFO} has format {info.get('format')!r}; this version reads the formats {ROWS_FORMAT} and "
+            f"{TRUNK_FORMAT}."
+        )
     bad = _wrong_fields(info)
     if bad:
         raise AddOnError(
             f"{folder / ROWS_INFO} has no usable {', '.join(bad)}; it was not written by this package or was changed."
         )
     for name, written in info["files"].items():
-        if name != ROWS_TENSORS:
+        if name not in _CHECKED_LATER:
             check_bytes(folder / name, written)
     space = TokenSpace.load(folder)
     if space.sha256 != info["token_space_sha256"]:
@@ -257,7 +273,7 @@ def load_rows(
 
     Args:
         base: `describe_base` of the base in `model`; None compares token space and sizes alone.
-        with_adapter: false leaves an adapter that the folder has where it is.
+        with_adapter: false leaves an adapter that the folder has where it is. A trunk is always loaded.
 
     Raises:
         AddOnError: the rows are missing, of another shape or dtype, or not finite.
@@ -282,6 +298,9 @@ def load_rows(
             parameter.copy_(tensors[name])
     if with_adapter and ADAPTER in info["files"]:
         read_adapter(Path(directory), model.language_model, model.trunk_prefix)
+    if TRUNK in info["files"]:
+        read_trunk(Path(directory), model.language_model, model.trunk_prefix, info["files"][TRUNK])
+        model.owns_trunk = True
     return info
 
 
@@ -347,6 +366,8 @@ def _wrong_fields(info: Mapping[str, Any]) -> list[str]:
     if not isinstance(files, dict):
         return [*bad, "files"]
     bad += [f"files.{name}" for name in _REQUIRED_FILES if name not in files]
+    if TRUNK in files and (info["format"] != TRUNK_FORMAT or ADAPTER in files):  # an adapter's base is the base
+        bad.append(f"files.{TRUNK}")
     return bad + [f"files.{name}" for name in files if name not in _FILES or not isinstance(files[name], dict)]
 
 

@@ -1,11 +1,12 @@
-"""TokenLM: a text-only causal LM over the whole token space, of which only the new rows are ever trained.
+"""TokenLM: a text-only causal LM over the whole token space, of which the new rows are trained.
 
     ids (B, T) ─ SplitEmbedding → (B, T, D) ─ the base's own decoder, frozen → hidden ─ SplitHead → scores
                  base rows | new rows                                          base rows | new rows
 
-The base's tensors stay where they were loaded and are not copied. In training only graded positions reach the head,
-and the two blocks meet in the log-sum-exp of their scores alone (`losses.split_cross_entropy`). In generation
-`score_range` names the ids that can come next, and only their rows are multiplied.
+The base's tensors stay where they were loaded and are not copied. Its decoder may be trained too (`owns_trunk`), its
+vocabulary rows never are. In training only graded positions reach the head, and the two blocks meet in the log-sum-exp
+of their scores alone (`losses.split_cross_entropy`). In generation `score_range` names the ids that can come next, and
+only their rows are multiplied.
 
 It knows token ids and the token space; it knows no tokenizer, no data set and no stage.
 
@@ -82,6 +83,7 @@ class TokenLM(PreTrainedModel, GenerationMixin):
         self.lm_head: SplitHead = llm.get_output_embeddings()
         self.generation_config = copy.deepcopy(llm.generation_config)
         self._no_split_modules = llm._no_split_modules
+        self.owns_trunk = False  # the decoder's weights are no longer the base's, and belong to the add-on
         self.widened = must_widen(self.lm_head.weight)
         if self.widened:
             compute_in_fp32(self)

@@ -43,13 +43,21 @@ _FREE = {
     "model": {"llm", "vision_tower", "connector", "attn_implementation", "gradient_checkpointing", "trust_remote_code"},
     "data": {"train", "eval", "image_root", "num_workers", "max_image_pixels", "max_bad_fraction", "feature_cache"},
     "lora": {"max_text_kl", "max_perplexity_ratio"},
+    "trunk": set(),
     "text": {"files"},
     "rows": {"add_on"},
     "tokens": {"folders", "allow_unaudited", "eval_split", "eval_max", "num_workers", "max_bad_fraction"},
     "optim": {"accumulation"},
 }
 # Settings that older checkpoints do not have, and what was done without them.
-_LATER = {"model.quantization": None, "lora.kl_weight": 0.0, "text.share": 0.1, "text.loss_weight": 1.0}
+_LATER = {
+    "model.quantization": None,
+    "lora.kl_weight": 0.0,
+    "trunk.training": "lora",
+    "trunk.learning_rate": None,
+    "text.share": 0.1,
+    "text.loss_weight": 1.0,
+}
 
 
 @dataclass(frozen=True, slots=True)

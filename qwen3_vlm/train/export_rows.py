@@ -1,4 +1,4 @@
-"""A base, its trained rows and any adapter as one ordinary Hugging Face folder that needs nothing of this package.
+"""A base, its trained rows and any adapter or trunk as one ordinary Hugging Face folder; it needs nothing else.
 
 Here, and here alone, the two blocks of rows are joined. The base's class stays what it is, and a tied base stays tied.
 Its tokenizer gets a name for every id beyond its own, so that ids and strings line up.
@@ -24,6 +24,7 @@ from qwen3_vlm.models.bases import load_strictly
 from qwen3_vlm.models.lora import ADAPTER, merge_lora, read_adapter
 from qwen3_vlm.models.row_base import load_tokenizer, require_base_files
 from qwen3_vlm.models.row_files import check_layout, find_rows, load_token_lm, read_rows, read_rows_info
+from qwen3_vlm.models.trunk import TRUNK, read_trunk
 from qwen3_vlm.models.vocabulary_rows import is_tied
 from qwen3_vlm.storage import atomic_directory, atomic_write_text
 from qwen3_vlm.tokenization.sequences import BOUNDARIES
@@ -68,13 +69,13 @@ def export_rows(
 ) -> str:
     """Write base and rows as one folder for `AutoModelForCausalLM` and `AutoTokenizer`; return a sentence that says so.
 
-    An adapter is merged into the base's weights.
+    An adapter is merged into the base's weights; a trunk takes the place of the base's decoder.
 
     Args:
         directory: trainable-rows folder or hub id.
         llm: hub id or folder of the base; None takes what trainable_rows.json names.
-        dtype: of all weights; None takes the one that the base had in training. The rows, trained in fp32, are
-            rounded to it.
+        dtype: of all weights; None takes the one that the base had in training. What was trained in fp32 is rounded to
+            it.
 
     Raises:
         StorageError: the disk is full or can't be written, or `out` is a folder with other files in it.
@@ -96,6 +97,8 @@ def export_rows(
     if ADAPTER in info["files"]:
         read_adapter(folder, model.base_model, model.base_model_prefix)
         merge_lora(model.base_model)
+    if TRUNK in info["files"]:
+        read_trunk(folder, model.base_model, model.base_model_prefix, info["files"][TRUNK])
     join_rows(model, read_rows(folder, info), space.vocab_size_total)
     model.config.token_space_sha256 = space.sha256
     model.generation_config = _generation_config(model, space)

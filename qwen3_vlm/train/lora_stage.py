@@ -1,6 +1,7 @@
-"""What the stages with an adapter have in common: a fresh one, its optimizer group, the drift of text.
+"""What the stages in which the language model learns have in common: a fresh adapter, its optimizer group, the drift
+of text.
 
-And what those without one refuse: an add-on that has an adapter.
+And what stages refuse to go on from: an add-on with an adapter, or with a trunk of its own, that they do not train.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from qwen3_vlm.errors import AddOnError, ConfigError
 from qwen3_vlm.evaluate.text_drift import DriftReport, measure_drift
 from qwen3_vlm.models.base_divergence import BaseDivergence
 from qwen3_vlm.models.lora import ADAPTER, add_lora, has_lora, lora_parameters
+from qwen3_vlm.models.trunk import TRUNK
 from qwen3_vlm.train.text_anchor import TextAnchor
 
 
@@ -29,16 +31,20 @@ def lora_group(config: RunConfig, trunk: Any) -> dict[str, Any]:
     return {"params": list(lora_parameters(trunk).values()), "scale": rate / config.optim.learning_rate}
 
 
-def anchor_text(config: RunConfig, trunk: Any, head: Any, text_config: Any) -> TextAnchor | None:
-    """What holds text at the base; None where the config gives it no weight."""
+def anchor_text(config: RunConfig, trunk: Any, head: Any, text_config: Any, base: Any = None) -> TextAnchor | None:
+    """What holds text at the base; None where the config gives it no weight.
+
+    Args:
+        base: see `BaseDivergence`.
+    """
     weight = config.lora.kl_weight
-    return TextAnchor(BaseDivergence(trunk, head, text_config), weight) if weight else None
+    return TextAnchor(BaseDivergence(trunk, head, text_config, base), weight) if weight else None
 
 
-def text_drift(config: RunConfig, model: Any, tokenizer: Any) -> DriftReport:
-    """How far the adapter moved the text suite, against the config's limits."""
+def text_drift(config: RunConfig, model: Any, tokenizer: Any, base: Any = None) -> DriftReport:
+    """How far training moved the text suite, against the config's limits; `base` as in `measure_drift`."""
     lora = config.lora
-    return measure_drift(model, tokenizer, max_kl=lora.max_text_kl, max_ratio=lora.max_perplexity_ratio)
+    return measure_drift(model, tokenizer, max_kl=lora.max_text_kl, max_ratio=lora.max_perplexity_ratio, base=base)
 
 
 def refuse_sharded_quantization(config: ModelConfig, accelerator: Accelerator) -> None:
@@ -58,3 +64,16 @@ def refuse_adapter(directory: Path, model: Any, stage: str, *, instead: str) -> 
     """
     if (directory / ADAPTER).is_file() and not has_lora(model):
         raise AddOnError(f"{directory} has an adapter, and {stage} trains none: go on from it with {instead}.")
+
+
+def refuse_trunk(directory: Path, stage: str) -> None:
+    """Where the base's own decoder is asked for, rows that come with another one are refused.
+
+    Raises:
+        AddOnError: they do.
+    """
+    if (directory / TRUNK).is_file():
+        raise AddOnError(
+            f"{directory} has a decoder of its own ({TRUNK}), and {stage} works on the base's: go on from it with "
+            "stage4_mmpt and trunk.training: full."
+        )

@@ -7,6 +7,7 @@ import torch
 
 from qwen3_vlm.checks import Check
 from qwen3_vlm.models.lora import ADAPTER
+from qwen3_vlm.models.trunk import TRUNK
 from qwen3_vlm.tokenization.sequences import BOUNDARIES, SEQUENCES
 from qwen3_vlm.tokenization.token_space import Content, TokenSpace
 
@@ -64,6 +65,8 @@ def _abilities(space: TokenSpace) -> list[str]:
 
 
 def _base_weights(info: Mapping[str, Any]) -> str:
+    if TRUNK in info["files"]:
+        return "its decoder trained further and its own vocabulary rows unchanged"
     return "with a LoRA adapter merged into its weights" if ADAPTER in info["files"] else "its weights unchanged"
 
 
@@ -135,8 +138,8 @@ def _limits(info: Mapping[str, Any], space: TokenSpace, precision: str) -> list[
         "Pictures and sounds become ids, and ids become pictures and sounds, by the tokenizers that `uti.yaml` names.",
         "A string such as `<|img_start|>` in a text is that token. Encode text from others with "
         "`split_special_tokens=True`.",
-        "With the adapter, answers in words are not the base's; `evidence.json` says how far they moved."
-        if ADAPTER in info["files"]
+        "Answers in words are not the base's: its weights were trained; `evidence.json` says how far they moved."
+        if {ADAPTER, TRUNK} & {*info["files"]}
         else "With new ids allowed, answers in words can differ from the base's; over its own ids scores are the same.",
     ]
     if space.text.tokenizer_size < space.text.vocab_size:

@@ -20,6 +20,7 @@ from qwen3_vlm.models.lora import ADAPTER, read_adapter
 from qwen3_vlm.models.omni import OmniModel
 from qwen3_vlm.models.row_base import require_base_files
 from qwen3_vlm.models.row_files import ROWS_INFO, check_layout, find_rows, grow_rows, read_rows_info
+from qwen3_vlm.models.trunk import TRUNK
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.train.add_ons import OpenedConnector, check_adapter, connect, open_connector
 from qwen3_vlm.train.connector_files import INFO, read_info
@@ -53,7 +54,7 @@ def load_omni(
 
     Raises:
         AddOnError, BaseMismatchError, TamperedFileError: see `load_vlm` and `load_token_lm`; or the two add-ons are of
-            different bases, with a line per difference.
+            different bases, with a line per difference; or the rows have a trunk of their own.
         TokenSpaceError: the tokenizers are not those of the rows.
         ConfigError: the add-ons were trained in different dtypes and none is given, or a name is given twice.
         ModelError: a base or a tokenizer can't be loaded.
@@ -61,6 +62,7 @@ def load_omni(
     folder = find_rows(rows)
     info = read_rows_info(folder)
     check_layout(folder, info)
+    _refuse_trunk(folder, info)
     opened = open_connector(connector, llm, vision_tower, trust_remote_code=trust_remote_code)
     _require_one_base(opened, folder, info)
     require_base_files(folder, info, opened.llm, trust_remote_code=trust_remote_code)
@@ -79,6 +81,15 @@ def load_omni(
     for model in (vlm, token_lm):
         model.requires_grad_(False)
     return omni if device is None else omni.to(device)
+
+
+def _refuse_trunk(rows: Path, info: Mapping[str, Any]) -> None:
+    if TRUNK in info["files"]:
+        raise AddOnError(
+            f"The rows {rows} have a decoder of their own ({TRUNK}); over it a connector would not see as it learned "
+            "to, and text would not be the base's. Load them alone with TokenLM.from_add_on, or take rows that were "
+            "trained with trunk.training: lora."
+        )
 
 
 def _require_one_base(opened: OpenedConnector, rows: Path, info: Mapping[str, Any]) -> None:

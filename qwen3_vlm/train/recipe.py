@@ -132,6 +132,10 @@ class Recipe(ABC):
         """The add-on's tensors, whole and on the CPU; collective under FSDP."""
         return {name: whole(parameter) for name, parameter in self.parameters(model).items()}
 
+    def settle(self, model: Any) -> None:
+        """After the last step, before it is measured and saved: make of the model what will be shipped."""
+        return
+
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
         """For the optimizer; `scale` is what a group's learning rate is multiplied with."""
         return [{"params": list(self.parameters(model).values()), "scale": 1.0}]
@@ -155,10 +159,11 @@ RECIPES = {
     "stage3_rows": ("qwen3_vlm.train.rows_recipe", "RowsRecipe"),
     "stage4_mmpt": ("qwen3_vlm.train.mmpt_recipe", "PretrainingRecipe"),
 }
+FULL_TRUNK = ("qwen3_vlm.train.trunk_recipe", "TrunkRecipe")
 
 
 def make_recipe(config: RunConfig, accelerator: Accelerator, folder: Path) -> Recipe:
-    """The recipe of the config's stage."""
-    module, name = RECIPES[config.stage]
+    """The recipe of the config's stage; there is another one where the whole decoder trains."""
+    module, name = FULL_TRUNK if config.trunk.training == "full" else RECIPES[config.stage]
     made: Recipe = getattr(importlib.import_module(module), name)(config, accelerator, folder)
     return made

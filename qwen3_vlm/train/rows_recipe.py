@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from qwen3_vlm.config import RunConfig
 from qwen3_vlm.errors import ConfigError, DataError, Qwen3VLMError
-from qwen3_vlm.evaluate.parameter_integrity import base_digests
+from qwen3_vlm.evaluate.parameter_integrity import IntegrityReport, base_digests, compare_digests
 from qwen3_vlm.evaluate.text_identity import TextBehaviour, compare_text, measure_text
 from qwen3_vlm.fingerprint import fingerprint_tokenizer, resolve_folder
 from qwen3_vlm.models.bases import enable_checkpointing, load_strictly
@@ -24,7 +24,7 @@ from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.unified_tokenizer import UnifiedTokenizer
 from qwen3_vlm.tokenization.uti_config import load_uti_config
 from qwen3_vlm.train.checkpoint import whole
-from qwen3_vlm.train.lora_stage import refuse_adapter, refuse_sharded_quantization
+from qwen3_vlm.train.lora_stage import refuse_adapter, refuse_sharded_quantization, refuse_trunk
 from qwen3_vlm.train.recipe import Recipe
 from qwen3_vlm.train.step_plan import MixtureSteps
 from qwen3_vlm.train.token_evaluations import TokenEvaluations
@@ -64,14 +64,7 @@ class RowsRecipe(Recipe):
 
     def build(self) -> TokenLM:
         """The base, looked at before anything is done to it, and fresh rows behind it."""
-        settings = self.config.model
-        llm = load_strictly(
-            AutoModelForCausalLM,
-            settings.llm,
-            getattr(torch, settings.dtype),
-            settings.attn_implementation,
-            settings.trust_remote_code,
-        )
+        settings, llm = self.config.model, self.load_base()
         if settings.quantization:
             quantize(llm.base_model, self.accelerator.device)
         if self.sharded or self.accelerator.is_main_process:
@@ -83,6 +76,17 @@ class RowsRecipe(Recipe):
         if settings.gradient_checkpointing:
             enable_checkpointing(model)
         return model
+
+    def load_base(self) -> Any:
+        """The plain causal LM, from its own files."""
+        settings = self.config.model
+        return load_strictly(
+            AutoModelForCausalLM,
+            settings.llm,
+            getattr(torch, settings.dtype),
+            settings.attn_implementation,
+            settings.trust_remote_code,
+        )
 
     def describe(self, model: Any) -> None:
         """The base's fingerprints."""
@@ -155,6 +159,10 @@ class RowsRecipe(Recipe):
         scales = {"embeddings": 1.0, "lm_head": (rows.head_learning_rate or optim.learning_rate) / optim.learning_rate}
         return [{"params": [found], "scale": scales[name]} for name, found in model.row_parameters().items()]
 
+    def integrity(self, model: Any) -> IntegrityReport:
+        """Whether every tensor that must stay the base's is."""
+        return compare_digests(self.digests, base_digests(model))
+
     def text_report(self, model: Any) -> tuple[str, Any]:
         """Name and report of what is asked of text behaviour: here, that it is the same to the bit."""
         assert self.text_before is not None  # every working rank has measured it
@@ -178,9 +186,10 @@ class RowsRecipe(Recipe):
         """Strictly; see `load_rows`.
 
         Raises:
-            AddOnError: it has an adapter, and this stage trains none.
+            AddOnError: it has an adapter, and this stage trains none; or a trunk of its own.
         """
         refuse_adapter(directory, model, self.config.stage, instead="stage4_mmpt")
+        refuse_trunk(directory, self.config.stage)
         load_rows(directory, model, self.base)
 
     def write(

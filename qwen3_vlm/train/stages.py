@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qwen3_vlm.config import RunConfig
 from qwen3_vlm.errors import ConfigError, TrainabilityError
 from qwen3_vlm.models.quantization import parameter_count
 
@@ -23,7 +24,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A training stage: the components whose parameters move, all of them, and no others.
+    """A training stage: the components whose parameters move, all of them but what it `keeps`, and no others.
 
     A component may be absent from a model (`vision_ln`), except those in `required`.
     """
@@ -31,6 +32,11 @@ class Stage:
     trains: tuple[str, ...]
     required: tuple[str, ...]
     purpose: str
+    keeps: tuple[str, ...] = ()  # ends of names that stay frozen in a component that trains
+
+    def moves(self, component: str, name: str) -> bool:
+        """Whether a parameter trains."""
+        return component in self.trains and not name.endswith(self.keeps)
 
 
 STAGES: dict[str, Stage] = {
@@ -55,6 +61,13 @@ STAGES: dict[str, Stage] = {
         purpose="read and write pictures and sounds: new rows, and an adapter on the language model's projections",
     ),
 }
+# Stage 4 with `trunk.training: full`. The base's own vocabulary rows stay as they are, in the embedding and in a head.
+FULL_TRUNK = Stage(
+    trains=("vocabulary_rows", "language_model"),
+    required=("vocabulary_rows", "language_model"),
+    purpose="read and write pictures and sounds: new rows, and every weight of the language model's decoder",
+    keeps=(".base.weight",),  # of a SplitEmbedding
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +91,11 @@ def get_stage(name: str) -> Stage:
     return STAGES[name]
 
 
+def stage_of(config: RunConfig) -> Stage:
+    """The declaration of a run's stage."""
+    return FULL_TRUNK if config.trunk.training == "full" else get_stage(config.stage)
+
+
 def apply_stage(model: nn.Module, stage: Stage) -> list[ComponentRow]:
     """Thaw what the stage trains, in fp32, freeze the rest, set the modes, and return the checked table.
 
@@ -85,7 +103,7 @@ def apply_stage(model: nn.Module, stage: Stage) -> list[ComponentRow]:
         TrainabilityError: the model does not come out as the stage declares.
     """
     for component, name, parameter in components(model):
-        trains = component in stage.trains
+        trains = stage.moves(component, name)
         parameter.requires_grad_(trains)
         if trains and parameter.dtype != torch.float32:
             _owner(model, name).float()
@@ -124,7 +142,7 @@ def check_trainable(model: nn.Module, stage: Stage) -> None:
         present.add(component)
         if component == "lora" and not name.startswith("language_model."):
             wrong.append(f"{name} is an adapter outside the language model")
-        elif parameter.requires_grad != (component in stage.trains):
+        elif parameter.requires_grad != stage.moves(component, name):
             wrong.append(f"{name} is {'trainable' if parameter.requires_grad else 'frozen'}")
         elif parameter.requires_grad and parameter.dtype != torch.float32:
             wrong.append(f"{name} is trainable in {str(parameter.dtype).removeprefix('torch.')}, not float32")
@@ -145,7 +163,7 @@ def audit_gradients(model: nn.Module, stage: Stage) -> None:
     largest: dict[str, float] = {}
     for component, name, parameter in components(model):
         gradient = parameter.grad
-        if component not in stage.trains:
+        if not stage.moves(component, name):
             if gradient is not None:
                 wrong.append(f"{name} is frozen but has a gradient")
         elif gradient is None:

@@ -19,7 +19,6 @@ from qwen3_vlm.errors import DataError
 from qwen3_vlm.evaluate.decode_success import DecodeReport, Generate, Prompt, measure_decoding
 from qwen3_vlm.evaluate.gates import unmeasured_gate
 from qwen3_vlm.evaluate.metrics import LossReport, evaluate_loss
-from qwen3_vlm.evaluate.parameter_integrity import base_digests, compare_digests
 from qwen3_vlm.evaluate.prompt_ablation import run_prompt_ablation
 from qwen3_vlm.evaluate.text_identity import measure_text
 from qwen3_vlm.evaluate.token_ablation import run_token_ablation
@@ -74,7 +73,7 @@ class TokenEvaluations:
         recipe = self._recipe
         section, text = recipe.text_report(self._model)
         reports: dict[str, dict[str, Any]] = {
-            "parameter_integrity": {"": compare_digests(recipe.digests, base_digests(self._model))},
+            "parameter_integrity": {"": recipe.integrity(self._model)},
             section: {"": text},
             "token_ablation": {},
             "prompt_ablation": {},

@@ -42,7 +42,7 @@ from qwen3_vlm.train.run import (
 )
 from qwen3_vlm.train.run_log import RunLog
 from qwen3_vlm.train.signals import StopSignals
-from qwen3_vlm.train.stages import apply_stage, audit_gradients, format_table, get_stage
+from qwen3_vlm.train.stages import apply_stage, audit_gradients, format_table, stage_of
 from qwen3_vlm.train.step_plan import RankStep
 from qwen3_vlm.train.task_sums import TaskSums, task_means
 
@@ -99,14 +99,14 @@ def start_run(config: RunConfig, lock: FolderLock, cache_dir: Path | None = None
     accelerator, remark = make_accelerator(config)
     folder = open_folder(config, accelerator, lock)
     log = RunLog(folder, active=accelerator.is_main_process, tensorboard=config.tensorboard)
-    recipe, stage = make_recipe(config, accelerator, folder), get_stage(config.stage)
+    recipe, stage = make_recipe(config, accelerator, folder), stage_of(config)
 
     recipe.check()
     torch.manual_seed(config.seed)  # of dropout, too
     model = recipe.build()
+    recipe.describe(model)  # as its files have it: what trains is widened next
     table = apply_stage(model, stage)
     log.say("\n".join([f"{config.stage}: {stage.purpose}", format_table(table), *([remark] if remark else [])]))
-    recipe.describe(model)
     if recipe.start_from:
         recipe.load(Path(recipe.start_from), model)
     with accelerator.main_process_first():
@@ -172,6 +172,8 @@ def _train_step(run: Run, step: RankStep, batches: Sequence[Batch], stop: bool) 
         loss, tasks = _accumulate(run, inputs, totals.labels, totals.texts)
         norm = _update(run, rate, has_media=totals.media > 0)
     run.step += 1
+    if run.step == run.plan.total:
+        run.recipe.settle(run.model)
     run.evaluated = False
     run.log.skip(run.step, [record for batch in batches for record in batch.skipped])
     _account(run, totals, loss, tasks, norm, rate)

@@ -21,6 +21,7 @@ from qwen3_vlm.models.row_files import (
     read_rows,
     read_rows_info,
 )
+from qwen3_vlm.models.trunk import TRUNK, check_trunk
 from qwen3_vlm.storage import read_json
 from qwen3_vlm.tokenization.token_space import TokenSpace
 from qwen3_vlm.tokenization.uti_config import CONFIG_NAME, load_uti_config
@@ -36,7 +37,7 @@ from qwen3_vlm.train.connector_files import (
 from qwen3_vlm.train.identity import file_differences
 
 ROW_GATES = ("parameter integrity", "text identity")  # what every run measures, whatever its tasks
-ADAPTER_GATES = ("parameter integrity", "text drift")  # the same where an adapter was trained
+DRIFT_GATES = ("parameter integrity", "text drift")  # the same where the language model learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def verify_rows(
     gates: bool = False,
     trust_remote_code: bool = False,
 ) -> VerifyReport:
-    """Check a trainable-rows folder's files, token space, rows and base; no base is loaded.
+    """Check a trainable-rows folder's files, token space, rows, adapter or trunk, and base; no base is loaded.
 
     A base that trainable_rows.json names but that is not on this machine is reported as not checked. With `gates`,
     the gates that every run has must be there, and all must have passed.
@@ -119,11 +120,12 @@ def verify_rows(
         _uti_check(folder, info),
         Check("rows", True, f"{' and '.join(rows)} of ids {_ids(info)}, {count:,} parameters, all finite"),
         *_adapter_check(folder, info),
+        *_trunk_check(folder, info),
         _verify_llm(llm, info, folder, trust_remote_code),
     ]
     found = recorded_gates(folder)
     if gates:
-        _require_gates(folder, found, ADAPTER_GATES if ADAPTER in info["files"] else ROW_GATES)
+        _require_gates(folder, found, DRIFT_GATES if {ADAPTER, TRUNK} & {*info["files"]} else ROW_GATES)
     return VerifyReport(folder, (*checks, *found))
 
 
@@ -213,6 +215,14 @@ def _adapter_check(folder: Path, info: Mapping[str, Any]) -> list[Check]:
         raise AddOnError(f"{folder / ADAPTER} holds values that are not finite, in {bad[0]}.")
     count = sum(tensor.numel() for tensor in tensors.values())
     return [Check("adapter", True, f"{len(tensors)} tensors, {count:,} parameters, all finite")]
+
+
+def _trunk_check(folder: Path, info: Mapping[str, Any]) -> list[Check]:
+    """One line if there is a trunk; whether it fits is known with the base."""
+    if TRUNK not in info["files"]:
+        return []
+    tensors, count, dtype = check_trunk(folder, info["files"][TRUNK])
+    return [Check("trunk", True, f"{tensors} tensors, {count:,} parameters in {dtype}, all finite")]
 
 
 def _ids(info: Mapping[str, Any]) -> str:

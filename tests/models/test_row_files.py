@@ -315,7 +315,7 @@ def test_a_head_that_should_not_be_there_or_should(rows: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda i: i.update(format=2), "this version reads format 1"),
+        (lambda i: i.update(format=3), "this version reads the formats 1 and 2"),
         (lambda i: i.pop("row_start"), "no usable row_start"),
         (lambda i: i.update(row_end=10**12), "no usable row_end"),
         (lambda i: i.update(width=True), "no usable width"),

@@ -35,6 +35,7 @@ TABLES = {
     "stage2_sft with dora": FROZEN | CONNECTOR | {"lora": (DORA, 0)},
     "stage3_rows": {"language_model": (0, LLM), "vocabulary_rows": (ROWS, 0)},
     "stage4_mmpt": {"language_model": (0, LLM), "vocabulary_rows": (ROWS, 0), "lora": (LORA, 0)},
+    "stage4_mmpt with full": {"language_model": (LLM - 384 * 32, 384 * 32), "vocabulary_rows": (ROWS, 0)},
 }
 
 
@@ -53,7 +54,10 @@ def test_what_trains_and_what_gradients_reach(
 ) -> None:
     stage, _, extra = name.partition(" with ")
     changes: dict[str, Any] = {"stage": stage}
-    changes |= {"lora__rank": 4, "lora__dora": extra == "dora"} if stage in ("stage2_sft", "stage4_mmpt") else {}
+    if extra == "full":
+        changes["trunk__training"] = "full"
+    elif stage in ("stage2_sft", "stage4_mmpt"):
+        changes |= {"lora__rank": 4, "lora__dora": extra == "dora"}
     if stage in ("stage1_align", "stage2_sft"):
         changes |= {"model__vision_ln": extra == "vision_ln", "optim__accumulation": 8}
         config = tiny_config(tmp_path / "run", tiny_llm_dir, tiny_tower_dir, data[stage], **changes)
