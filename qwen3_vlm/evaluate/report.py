@@ -18,7 +18,14 @@ from qwen3_vlm.evaluate.caption_scores import score_captions
 from qwen3_vlm.evaluate.charts import Series, line_chart
 from qwen3_vlm.evaluate.golden import GoldenItem
 from qwen3_vlm.evaluate.report_gates import gap_history, gate_chart, gates_of, order_of, picture_charts, verdict_of
-from qwen3_vlm.evaluate.report_tokens import condition_charts, golden_tasks, is_token_run, points, task_charts
+from qwen3_vlm.evaluate.report_tokens import (
+    condition_charts,
+    golden_tasks,
+    is_token_run,
+    points,
+    task_charts,
+    text_charts,
+)
 from qwen3_vlm.evaluate.run_files import RunFiles, is_number, is_picture, mapping_of, read_run
 from qwen3_vlm.evaluate.word_marks import mark_words
 from qwen3_vlm.storage import atomic_write_text
@@ -53,7 +60,7 @@ def render_report(run: RunFiles) -> str:
         verdict=verdict_of(run, gates),
         tiles=_tiles(run, gates),
         is_tokens=is_token_run(run),
-        loss_charts=[*_loss_charts(run), *task_charts(run)],
+        loss_charts=[*_loss_charts(run), *task_charts(run), *text_charts(run)],
         cost_charts=_cost_charts(run),
         gates=gates,
         only_gaps=all(gate["kind"] == "gap" for gate in gates),

@@ -1,4 +1,4 @@
-"""The parts of report.html that only the run of a token LM has: losses by task, its rows' norms, what it drew and said.
+"""The parts of report.html about tokens: losses by task and of texts, norms of the rows, what was drawn and said.
 
 Each takes the files of a run and gives what the template puts on the page.
 """
@@ -12,7 +12,7 @@ from qwen3_vlm.evaluate.charts import STYLES, Bar, Series, interval_chart, line_
 from qwen3_vlm.evaluate.run_files import Line, RunFiles, is_number, mapping_of, media_name
 from qwen3_vlm.evaluate.token_golden import REFERENCE_FOLDER, TokenGoldenItem, score_token_golden
 from qwen3_vlm.evaluate.word_marks import mark_words
-from qwen3_vlm.tokenization.sequences import SEQUENCES, sequence_format
+from qwen3_vlm.tokenization.sequences import SEQUENCES, TEXT, sequence_format
 
 SECTIONS = ("token_ablation", "prompt_ablation")  # of evidence.json: task → its report
 HISTORY = 6  # earlier pictures or answers of a prompt, at most
@@ -43,6 +43,16 @@ def task_charts(run: RunFiles) -> list[Markup]:
             for style, name in enumerate(("mean", "min", "max"))
         ]
         charts.append(line_chart(series, "optimizer step", "", title, straight=True))
+    return [chart for chart in charts if chart]
+
+
+def text_charts(run: RunFiles) -> list[Markup]:
+    """Of the texts that are mixed in: their loss, and how far they are from the base."""
+    lines = run.of_kind("train")
+    charts = [
+        line_chart([Series("training", points(lines, key), 3)], "optimizer step", "nats per token", title)
+        for key, title in ((f"loss_{TEXT}", "Loss of texts"), ("text_kl", "KL of text from the base"))
+    ]
     return [chart for chart in charts if chart]
 
 

@@ -244,6 +244,27 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_the_loss_of_texts_and_their_kl_have_curves(tmp_path: Path) -> None:
+    """Of stages with an adapter: beside the losses, one chart each; without texts there is none."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_yaml(RunConfig(stage="stage2_sft")))
+    train = [{"kind": "train", "step": step, "loss": 5 / step} for step in (1, 5, 10)]
+    titles = ["Loss of texts", "KL of text from the base"]
+    (run / "metrics.jsonl").write_text(lines(*train))
+    assert not any(title in write_report(run).read_text() for title in titles)
+    texts = [line | {"text_kl": 0.01 * line["step"], "loss_text": 4.0 - 0.1 * line["step"]} for line in train]
+    (run / "metrics.jsonl").write_text(lines(*texts))
+    page = write_report(run).read_text()
+    charts = [re.search(rf'<figure class="chart"><figcaption>{title}.*?</figure>', page) for title in titles]
+    for chart in charts:
+        assert chart is not None
+        heights = [float(place.split()[1]) for place in re.search(r'd="M([^"]*)"', chart[0])[1].split("L")]  # type: ignore[index]
+        assert len(heights) == 3
+        rises = chart is charts[1]  # pixels count downwards
+        assert heights == sorted(heights, reverse=rises)
+
+
 def test_environment_names_neither_host_nor_paths() -> None:
     import platform
 
