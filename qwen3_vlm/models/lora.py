@@ -33,6 +33,7 @@ ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
 LORA = "lora/"  # before the names of an adapter's tensors, where they stand beside those of another add-on
 NAME = "default"  # PEFT's name of an adapter that stands alone
 MAX_CONFIG_BYTES = 1_000_000
+STARTS_OF_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it is
 MAX_RANK = 8_192  # memory is set aside for it before the tensors are seen
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _LORA = re.compile(r"\.(lora_\w+)\.([A-Za-z0-9_-]+)")  # kind and adapter in a parameter's name
@@ -255,6 +256,13 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is set")
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"its peft_type is {config['peft_type']}")
+    if (bias := config.get("bias", "none")) != "none":
+        raise ValueError(f"bias is {bias!r}: the base's own biases were trained with it; train it with 'none'")
+    if (start := config.get("init_lora_weights", True)) not in STARTS_OF_THE_BASE:
+        raise ValueError(
+            f"init_lora_weights is {start!r}: it adds to a base that this start changed, not to the base itself; save "
+            "it with PEFT's path_initial_model_for_weight_conversion"
+        )
 
 
 def _linear_layers(trunk: nn.Module) -> list[str]:

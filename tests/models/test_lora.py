@@ -15,6 +15,7 @@ from qwen3_vlm.models.lora import (
     has_lora,
     lora_names,
     lora_parameters,
+    merge_lora,
     read_adapter,
     use_lora,
     without_lora,
@@ -55,6 +56,9 @@ def test_peft_alone_loads_it(tiny_llm_dir: Path, tmp_path: Path, dora: bool) -> 
     with without_lora(model):
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
     assert torch.equal(ours(IDS).logits, model(IDS).logits)
+    merge_lora(ours.base_model)
+    for merged in (ours, theirs.merge_and_unload()):
+        torch.testing.assert_close(merged(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_several_adapters_by_name(tiny_llm_dir: Path, tmp_path: Path) -> None:
@@ -152,10 +156,18 @@ def test_what_peft_would_compute_otherwise_is_refused(tiny_llm_dir: Path, tmp_pa
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
     others = {"use_rslora": True, "alpha_pattern": {"q_proj": 8}, "fan_in_fan_out": True, "peft_type": "ADALORA"}
+    others |= {"bias": "all", "init_lora_weights": "pissa_niter_4"}
     for name, value in others.items():
         path.write_text(json.dumps(config | {name: value}))
         with pytest.raises(AddOnError, match=name):
             read_adapter(tmp_path, model.base_model, "model")
+    for name, value in {"bias": "lora_only", "init_lora_weights": "olora"}.items():
+        path.write_text(json.dumps(config | {name: value}))
+        with pytest.raises(AddOnError, match=f"{name} is '{value}'"):
+            read_adapter(tmp_path, model.base_model, "model")
+    for start in (False, "gaussian", "eva"):
+        path.write_text(json.dumps(config | {"init_lora_weights": start}))
+        read_adapter(tmp_path, model.base_model, "model")
 
 
 @pytest.mark.parametrize("trainable", [True, False])
