@@ -19,6 +19,7 @@ from qwen3_vlm.config import RunConfig, load_config
 from qwen3_vlm.demo.conversations import KINDS, TURNS, TalkSizes, write_conversations
 from qwen3_vlm.demo.facts import Scores
 from qwen3_vlm.demo.paths import BASES, CONFIGS
+from qwen3_vlm.demo.telling import percent, tell
 from qwen3_vlm.errors import GateError
 from qwen3_vlm.evaluate.intervals import Interval, wilson_interval
 from qwen3_vlm.storage import atomic_write_json
@@ -93,8 +94,6 @@ def run_talk(out: Path, connector: Path, console: Console) -> Path | None:
     Raises:
         GateError: a gate failed, or the answers are worse than the demo promises.
     """
-    from qwen3_vlm.evaluate.gates import describe_gate
-    from qwen3_vlm.evaluate.report import write_report
     from qwen3_vlm.train.train_utils import train
 
     console.print("[bold]Stage 2[/] Conversations about two pictures: the connector goes on, an adapter joins it")
@@ -106,13 +105,7 @@ def run_talk(out: Path, connector: Path, console: Console) -> Path | None:
     console.print("It talks about pictures that training never saw")
     results = judge(out, connector, Path(result.add_on_dir), config)
     write_results(Path(result.output_dir), results)
-    report = write_report(Path(result.output_dir))
-    gates = (result.evidence or {}).get("gates", [])
-    for gate in gates:
-        console.print(f"gate: {gate['name']}: {describe_gate(gate)}", markup=False)
-    console.print(results_table(results))
-    console.print(f"Report: {report}", soft_wrap=True)
-    check(gates, results)
+    check(tell(result, results_table(results), console), results)
     return Path(result.add_on_dir)
 
 
@@ -166,15 +159,11 @@ def results_table(results: Results) -> Table:
     """One line per kind of question, for a terminal."""
     table = Table("", "answers", "seeing", "blind", title="Held-out answers right, % (95 % interval)")
     for name, share in results.rows().items():
-        table.add_row(name, str(share.answers), _percent(share.seeing), _percent(share.blind))
-    table.add_row(f"all {TURNS} of a conversation", str(len(results.talks)), _percent(results.whole()), "")
-    table.add_row("captions exact, before", str(results.before.captions), _percent(results.before.exact), "")
-    table.add_row("captions exact, after", str(results.after.captions), _percent(results.after.exact), "")
+        table.add_row(name, str(share.answers), percent(share.seeing), percent(share.blind))
+    table.add_row(f"all {TURNS} of a conversation", str(len(results.talks)), percent(results.whole()), "")
+    table.add_row("captions exact, before", str(results.before.captions), percent(results.before.exact), "")
+    table.add_row("captions exact, after", str(results.after.captions), percent(results.after.exact), "")
     return table
-
-
-def _percent(it: Interval) -> str:
-    return f"{100 * it.value:.1f} ({100 * it.low:.1f}–{100 * it.high:.1f})"
 
 
 def write_results(run_dir: Path, results: Results) -> None:
@@ -189,7 +178,7 @@ def write_results(run_dir: Path, results: Results) -> None:
             ],
             "note": "Exact answers in conversations about two pictures; at least one shows a pair of objects that "
             "no training picture shows together. The model's own answers stand before the next question. Blind: the "
-            f"same model, the same text, no pictures. All {TURNS} answers right in {_percent(results.whole())} % of "
+            f"same model, the same text, no pictures. All {TURNS} answers right in {percent(results.whole())} % of "
             f"{len(results.talks)} conversations.",
             "headline": {"label": "held-out answers right", "text": f"{100 * shares['all'].seeing.value:.0f} %"},
             "order": 1,

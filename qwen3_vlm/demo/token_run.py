@@ -20,6 +20,7 @@ from qwen3_vlm.data.shard_audit import audit_shards
 from qwen3_vlm.data.tokenize import tokenize_manifest
 from qwen3_vlm.demo.facts import Scores, score
 from qwen3_vlm.demo.paths import BASES, CONFIGS
+from qwen3_vlm.demo.telling import percent, tell
 from qwen3_vlm.errors import DataError, GateError
 from qwen3_vlm.evaluate.intervals import Interval, wilson_interval
 from qwen3_vlm.storage import atomic_write_json
@@ -40,8 +41,6 @@ def run_tokens(out: Path, connector: Path, console: Console) -> Path | None:
         DataError: the shards do not pass their audit.
         GateError: a gate failed.
     """
-    from qwen3_vlm.evaluate.gates import describe_gate
-    from qwen3_vlm.evaluate.report import write_report
     from qwen3_vlm.train.train_utils import train
 
     console.print("[bold]5/8[/] One token space for text, pictures and sounds; the data set as tokens")
@@ -54,12 +53,7 @@ def run_tokens(out: Path, connector: Path, console: Console) -> Path | None:
     results = judge(out, Path(result.add_on_dir), connector)
     write_results(Path(result.output_dir), results)
     console.print("[bold]8/8[/] The report")
-    report = write_report(Path(result.output_dir))
-    gates = (result.evidence or {}).get("gates", [])
-    for gate in gates:
-        console.print(f"gate: {gate['name']}: {describe_gate(gate)}", markup=False)
-    console.print(results_table(results))
-    console.print(f"Report: {report}", soft_wrap=True)
+    gates = tell(result, results_table(results), console)
     failed = [gate["name"] for gate in gates if not gate["passed"]]
     if failed or not gates:
         raise GateError(f"The demo falls short of what it promises: {', '.join(failed) or 'no gate was run'}.")
@@ -178,23 +172,19 @@ def results_table(results: dict[str, Any]) -> Table:
     table = Table("", "right, % (95 % interval)", title="Held-out records")
     for task, name in (("i2t", "pictures read: captions exact"), ("t2i", "pictures drawn, then captioned: exact")):
         scores: Scores = results[task]
-        table.add_row(name, _percent(scores.exact))
+        table.add_row(name, percent(scores.exact))
         for kind, interval in scores.facts.items():
-            table.add_row(f"  {kind}", _percent(interval))
-    table.add_row("names heard", _percent(results["a2t"]))
-    table.add_row("names said, then heard again", _percent(results["t2a"]))
+            table.add_row(f"  {kind}", percent(interval))
+    table.add_row("names heard", percent(results["a2t"]))
+    table.add_row("names said, then heard again", percent(results["t2a"]))
     return table
-
-
-def _percent(it: Interval) -> str:
-    return f"{100 * it.value:.1f} ({100 * it.low:.1f}–{100 * it.high:.1f})"
 
 
 def write_results(run_dir: Path, results: dict[str, Any]) -> None:
     """Two tables for the report."""
     pictures = [results[task].row(name) for task, name in (("i2t", "read from ids"), ("t2i", "drawn, then captioned"))]
     sounds = [
-        {"test": name, "right, %": _percent(it)}
+        {"test": name, "right, %": percent(it)}
         for name, it in (("names heard", results["a2t"]), ("names said, heard again", results["t2a"]))
     ]
     tables = {
