@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from qwen3_vlm.config import load_config
+from qwen3_vlm.models.base_divergence import BaseDivergence
 from qwen3_vlm.models.bases import join
 from qwen3_vlm.models.lora import add_lora
 from qwen3_vlm.models.losses import CACHE_BYTES
@@ -38,6 +39,7 @@ from qwen3_vlm.train.planner_formulas import (
     BF16,
     FP32,
     Batch,
+    HeldText,
     Model,
     Numerics,
     executed_flops,
@@ -62,6 +64,7 @@ class Case:
     batch: Batch
     inputs: dict[str, torch.Tensor]
     checkpointing: bool = False
+    anchor: Callable[[torch.Tensor], torch.Tensor] | None = None  # the KL of text, as the models take it
     numerics: Numerics = CPU_FP32
 
 
@@ -121,6 +124,23 @@ def vlm_case(
     inputs["pixel_values"] = torch.randn(pictures, 3, side, side)
     batch = Batch(rows, length, graded, pictures, rows * length, rows, masked=packed)
     return Case(name, model, Model(shape, towers, connector, lora), batch, inputs, checkpointing)
+
+
+def hold_text(case: Case) -> Case:
+    """A packed case of an adapter, with the KL to the base in its loss: the second sample of each row is text alone."""
+    ids, positions = case.inputs["input_ids"], case.inputs["position_ids"]
+    rows, half = len(ids), ids.shape[1] - ids.shape[1] // 2
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, -half:] = True
+    divergence = BaseDivergence(
+        case.torch_model.model.language_model, case.torch_model.lm_head, case.torch_model.config.text_config
+    )
+    held = HeldText(rows, half, rows * (half - 1))
+    return replace(
+        case,
+        batch=replace(case.batch, held=held),
+        anchor=lambda hidden: divergence(hidden, ids, positions, mask).mean(),
+    )
 
 
 def packed_inputs(
@@ -187,10 +207,11 @@ def make_step(case: Case) -> Callable[[], None]:
     """One optimizer step on the case's batch."""
     trained = [parameter for parameter in case.torch_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    more = {"added_loss": case.anchor} if case.anchor else {}
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16) if case.numerics.autocast else nullcontext():
-            outputs = case.torch_model(**case.inputs, num_items_in_batch=case.batch.graded)
+            outputs = case.torch_model(**case.inputs, num_items_in_batch=case.batch.graded, **more)
         outputs.loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.tokenization.sequences import OVERHEAD, SEQUENCES, TASK_FAMILIES
 from qwen3_vlm.tokenization.token_space import TokenSpace
 from qwen3_vlm.train import planner_formulas as formulas
-from qwen3_vlm.train.planner_formulas import BF16, FP32, NF4, TRAINS, Batch, Memory, Model, Numerics
+from qwen3_vlm.train.planner_formulas import BF16, FP32, NF4, TRAINS, Batch, HeldText, Memory, Model, Numerics
 from qwen3_vlm.train.planner_hardware import Cluster
 from qwen3_vlm.train.planner_shapes import ConnectorShape, LoraShape, read_text_shape, read_tower_shape
 
@@ -36,6 +36,7 @@ class DataShape:
     graded: float
     pictures: float
     source: str  # where these figures are from
+    held: float = 0.0  # share of samples that are text alone, at which a KL holds the base's text
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def plan(config: RunConfig, cluster: Cluster, given: Assumptions | None = None) 
         batch=usual,
         longest=longest,
         ways=tuple(ways),
-        remarks=tuple(_remarks(config, given, space)),
+        remarks=tuple(_remarks(config, given, space, data)),
     )
 
 
@@ -179,6 +180,7 @@ def numerics_of(config: RunConfig) -> Numerics:
 
 # ------------------------------------------------------------------------------------------------------------ data
 
+TEXT_TOKENS = 250  # of a text that is mixed in: as a conversation of LLaVA's mix
 TEXT_MARKS = 10  # ChatML around a question and an answer
 # What configs/uti.yaml makes: 64 specials, Janus's 16,384 picture codes, 4 × 1,024 of EnCodec at 75 frames a second.
 ASSUMED_ROWS = 64 + 16_384 + 4 * 1024
@@ -213,7 +215,16 @@ def data_of(config: RunConfig, given: Assumptions, space: TokenSpace | None = No
             graded=given.graded_per_sample or found.graded,
             source="lengths as given",
         )
-    return replace(found, samples=given.samples or found.samples)
+    return replace(found, samples=given.samples or found.samples, held=_held_share(config, found))
+
+
+def _held_share(config: RunConfig, data: DataShape) -> float:
+    """Texts that are mixed in; in stage 2 records without a picture count, too."""
+    if "lora" not in TRAINS[config.stage] or not config.lora.kl_weight:
+        return 0.0
+    mixed = config.text.share if config.text.files else 0.0
+    alone = 1 - data.pictures if "connector" in TRAINS[config.stage] else 0.0
+    return mixed + (1 - mixed) * alone
 
 
 def _task_means(tasks: Mapping[str, TaskConfig], space: TokenSpace | None) -> tuple[float, float, str]:
@@ -249,16 +260,30 @@ def batches_of(config: RunConfig, data: DataShape, rows: int | None = None) -> t
     if not token_stage and config.data.packing:
         tokens = rows * room * FILL
         batch = _batch(rows, room, tokens, max(1.0, tokens / data.tokens), data)
-        return batch, batch
+        return batch, _full_of_text(batch)
     length = min(room, round(data.tokens * PADDED))
     usual = _batch(rows, length, rows * min(data.tokens, room), rows, data)
     longest = _batch(rows, room, rows * room, rows, data)
-    return usual, replace(longest, graded=min(longest.positions, round(data.graded / data.tokens * longest.positions)))
+    longest = replace(longest, graded=min(longest.positions, round(data.graded / data.tokens * longest.positions)))
+    return usual, _full_of_text(longest)
 
 
 def _batch(rows: int, length: int, tokens: float, samples: float, data: DataShape) -> Batch:
     graded = min(rows * length, round(samples * data.graded))
-    return Batch(rows, length, graded, samples * data.pictures, round(tokens), samples)
+    held = _held(rows, length, samples * data.held) if data.held else None
+    return Batch(rows, length, graded, samples * data.pictures, round(tokens), samples, held=held)
+
+
+def _held(rows: int, length: int, texts: float) -> HeldText:
+    """So many texts, spread over the rows; in a row of their own where there are rows enough."""
+    tokens, having = min(TEXT_TOKENS, length), min(rows, texts)
+    return HeldText(having, min(length, texts / having * tokens), texts * (tokens - 1))
+
+
+def _full_of_text(batch: Batch) -> Batch:
+    """Where a KL holds texts: a batch in which they are all there is, as one may come."""
+    held = HeldText(batch.rows, batch.length, batch.rows * (batch.length - 1))
+    return replace(batch, held=held) if batch.held else batch
 
 
 def _token_space(config: RunConfig) -> TokenSpace | None:
@@ -369,7 +394,7 @@ def _steps(config: RunConfig, data: DataShape, samples_per_step: float) -> int:
     return optim.max_steps or math.ceil(data.samples * optim.epochs / samples_per_step)
 
 
-def _remarks(config: RunConfig, given: Assumptions, space: TokenSpace | None) -> list[str]:
+def _remarks(config: RunConfig, given: Assumptions, space: TokenSpace | None, data: DataShape) -> list[str]:
     """What the plan leaves out or takes for granted."""
     found = ["Reading data, evaluation, golden samples and checkpoints come on top."]
     if given.utilisation is None:
@@ -378,6 +403,11 @@ def _remarks(config: RunConfig, given: Assumptions, space: TokenSpace | None) ->
         found.append(f"No tokenized folder is there: {ASSUMED_ROWS:,} new rows are assumed (--new-rows).")
     if config.lora.dora and "lora" in TRAINS[config.stage]:
         found.append("DoRA's products of whole matrices are not counted: it takes longer and a matrix more per layer.")
+    if data.held:
+        found.append(
+            f"The base reads {data.held:.0%} of the samples once more, for lora.kl_weight; {TEXT_TOKENS} tokens each "
+            "are assumed."
+        )
     if config.data.feature_cache:
         found.append("The tower runs once per picture, before training (data.feature_cache).")
     return found

@@ -43,6 +43,19 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldText:
+    """The text-only samples of a micro-batch, which the KL in the loss holds at the base."""
+
+    rows: float  # that have some, on average
+    length: float  # the most text tokens of such a row
+    predictions: float  # tokens that follow one of the same sample
+
+    @property
+    def positions(self) -> float:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch of one process."""
 
@@ -53,6 +66,7 @@ class Batch:
     tokens: int = 0  # real ones
     samples: float = 1
     masked: bool = True  # rows are packed or padded: attention gets a mask, and keys are repeated for each query head
+    held: HeldText | None = None  # None: there is no KL in the loss
 
     @property
     def positions(self) -> int:
@@ -157,10 +171,11 @@ class Flops:
     adapter: float
     head: float
     recomputed: float
+    divergence: float = 0.0  # from the base, on text
 
     @property
     def total(self) -> float:
-        return self.tower + self.connector + self.language_model + self.adapter + self.head + self.recomputed
+        return sum(getattr(self, name) for name in self.__slots__)
 
 
 def executed_flops(model: Model, batch: Batch, *, checkpointing: bool, attention_backward: float = 2.5) -> Flops:
@@ -170,8 +185,8 @@ def executed_flops(model: Model, batch: Batch, *, checkpointing: bool, attention
         attention_backward: backward products of attention ÷ forward ones: 2.5 where the scores are computed again
             (FlashAttention-2, arXiv:2307.08691, 4.1), 2 where they are kept.
     """
-    forward = trunk_forward_flops(model.text, batch)
-    attention = attention_flops(model.text, batch)
+    forward = trunk_forward_flops(model.text, batch.positions, batch.length)
+    attention = attention_flops(model.text, batch.positions, batch.length)
     return Flops(
         tower=tower_flops(model.tower, batch.pictures) if model.tower else 0.0,
         connector=connector_flops(model.connector, model.tower, batch.pictures, attention_backward),
@@ -179,6 +194,7 @@ def executed_flops(model: Model, batch: Batch, *, checkpointing: bool, attention
         adapter=lora_flops(model, batch),
         head=head_flops(model, batch),
         recomputed=recomputed_flops(model, batch) if checkpointing else 0.0,
+        divergence=divergence_flops(model.text, batch.held),
     )
 
 
@@ -192,19 +208,31 @@ def useful_flops(model: Model, batch: Batch) -> float:
     attention = 6 * batch.tokens * length * text.query_width * text.layers
     found = 4.0 * matrices * batch.tokens + attention + head_flops(model, batch)
     found += lora_flops(model, replace(batch, rows=1, length=batch.tokens))
+    if batch.held:  # causal: half of all pairs
+        found += divergence_flops(text, batch.held)
+        found -= attention_flops(text, batch.held.positions, batch.held.length) / 2
     tower = tower_flops(model.tower, batch.pictures) if model.tower else 0.0
     return found + tower + connector_flops(model.connector, model.tower, batch.pictures, 2.0)
 
 
-def trunk_forward_flops(text: TextShape, batch: Batch) -> float:
+def trunk_forward_flops(text: TextShape, positions: float, length: float) -> float:
     """2 per weight and position, and attention. Backward to the input is once more as much: weights are frozen."""
     matrices = text.layers * sum(width * out for width, out in text.linears)
-    return 2.0 * matrices * batch.positions + attention_flops(text, batch)
+    return 2.0 * matrices * positions + attention_flops(text, positions, length)
 
 
-def attention_flops(text: TextShape, batch: Batch) -> float:
+def attention_flops(text: TextShape, positions: float, length: float) -> float:
     """Forward: scores and mixing, over all T² pairs: with a mask the kernels skip none."""
-    return 4.0 * batch.positions * batch.length * text.query_width * text.layers
+    return 4.0 * positions * length * text.query_width * text.layers
+
+
+def divergence_flops(text: TextShape, held: HeldText | None) -> float:
+    """`models/base_divergence.py`: the base reads the texts, forward alone and without an adapter; and three products
+    with the base's head: its scores, the adapted ones, and the gradient of the hidden states."""
+    if held is None:
+        return 0.0
+    read = trunk_forward_flops(text, held.positions, held.length)
+    return read + 3 * 2.0 * held.predictions * text.width * text.vocabulary
 
 
 def lora_flops(model: Model, batch: Batch) -> float:
@@ -248,7 +276,7 @@ def recomputed_flops(model: Model, batch: Batch) -> float:
     """The layers forward once more (Chen et al., arXiv:1604.06174), but for each one's last product: torch stops when
     every saved tensor is there again, and nothing is saved after it."""
     text, lora = model.text, model.lora
-    found = trunk_forward_flops(text, batch)
+    found = trunk_forward_flops(text, batch.positions, batch.length)
     if lora is None:
         return found - 2.0 * text.layers * text.feed_forward * text.width * batch.positions
     return found + lora_flops(model, batch) / 3 - 2.0 * text.layers * lora.rank * text.width * batch.positions
@@ -378,6 +406,23 @@ def loss_bytes(model: Model, batch: Batch, numerics: Numerics) -> tuple[float, f
     return 2.0 * batch.graded * text.width * numerics.compute, float(seen * (scores + FP32 * text.width))
 
 
+def divergence_bytes(model: Model, batch: Batch, numerics: Numerics) -> tuple[float, float]:
+    """(kept until backward, beside it while the KL is computed).
+
+    `base_divergence._Divergence`: the gradient of the predictions' hidden states is kept. Beside it stand the base's
+    hidden states and, for some positions at a time, five arrays of scores in fp32: the logarithms of both
+    distributions, the base's itself, and two on the way from the KL to its gradient. Before that a layer of the base
+    reads the texts, whose feed-forward part is widest.
+    """
+    text, held, c = model.text, batch.held, numerics.compute
+    if held is None:
+        return 0.0, 0.0
+    seen = min(held.predictions, max(1, LOSS_CHUNK_BYTES // (FP32 * text.vocabulary)))
+    scores = seen * text.vocabulary * (5 * FP32 + _twin(numerics)) + held.predictions * text.width * c
+    reading = held.positions * (c * (3 * text.feed_forward + text.width) + FP32 * text.width)
+    return held.predictions * text.width * c, max(scores, reading)
+
+
 def row_gradient_bytes(model: Model, batch: Batch, numerics: Numerics) -> float:
     """Beside the gradient of the head's new rows: a block of it, and of scores."""
     rows = _block_rows(model, numerics)
@@ -464,9 +509,10 @@ def step_memory(
 def _worst_moment(
     model: Model, batch: Batch, numerics: Numerics, checkpointing: bool, gradients_stay: bool, shards: int
 ) -> tuple[float, float, float]:
-    """(gradients, activations, working) when their sum is largest: in the tower, in the loss, in its backward pass, in
-    the last layer's, or when all is done."""
+    """(gradients, activations, working) when their sum is largest: in the tower, in the loss, in the KL of text, in the
+    loss's backward pass, in the last layer's, or when all is done."""
     of_loss, loss = loss_bytes(model, batch, numerics)
+    of_text, text = divergence_bytes(model, batch, numerics)
     kept = kept_activation_bytes(model, batch, numerics, checkpointing=checkpointing)
     norm = batch.positions * model.text.width * FP32  # the last one's input: gone when the last layer's turn comes
     layer = layer_working_bytes(model, batch, numerics)
@@ -481,6 +527,7 @@ def _worst_moment(
     moments = (
         (before, 0.0, tower_working_bytes(model, batch, numerics)),
         (before, kept + of_loss, loss),
+        (before, kept + of_loss + of_text, text),
         (every, of_loss, of_rows) if model.text.tied else (early, kept + of_loss, of_rows),
         (early, kept - norm, layer),
         (every, 0.0, 0.0),

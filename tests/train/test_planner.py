@@ -79,6 +79,26 @@ def test_time_follows_samples_and_devices_and_cost_the_price() -> None:
     assert twice.ways[0].cost is None
 
 
+@pytest.mark.parametrize(
+    ("name", "texts"), [("stage2_sft.yaml", 0.2 + 0.8 * 40_688 / 665_298), ("stage4_mmpt.yaml", 0.2)]
+)
+def test_texts_that_are_held_at_the_base_cost_a_forward_pass_and_three_products(name: str, texts: float) -> None:
+    mixed = ["text.files=[texts.jsonl]", "text.share=0.2"]
+    free, held = (planned(name, "1xH100", *mixed, f"lora.kl_weight={weight}") for weight in (0, 1))
+    layers = {"stage2_sft.yaml": (36, 4096, 1024, 12_288, 4096, 151_936)}
+    layers["stage4_mmpt.yaml"] = (28, 2048, 1024, 3072, 1024, 151_936)
+    number, query, keys, inner, width, words = layers[name]
+    tokens = held.batch.samples * texts * 250
+    assert held.batch.held is not None
+    matrices = number * (2 * width * query + 2 * width * keys + 3 * width * inner)
+    per_token = 2 * matrices + 4 * number * query * held.batch.held.length + 6 * width * words * 249 / 250
+    steps = load_config(CONFIGS / name).optim.accumulation
+    assert held.ways[0].executed_flops - free.ways[0].executed_flops == pytest.approx(steps * tokens * per_token)
+    assert held.ways[0].memory_bytes > free.ways[0].memory_bytes
+    assert f"The base reads {texts:.0%} of the samples once more" in format_plan(held)
+    assert free.batch.held is None
+
+
 def test_utilisation_and_lengths_can_be_given() -> None:
     usual = planned("stage1_align.yaml", "1xH100", utilisation=0.2)
     fast = planned("stage1_align.yaml", "1xH100", utilisation=0.4)

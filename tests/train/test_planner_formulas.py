@@ -126,6 +126,10 @@ def tiny_cases(check: Any, *, tied: bool = True) -> dict[str, Any]:
         "adapter, recomputing": lambda: check.vlm_case(
             "", text, lora=LoraShape(8, 0.05), checkpointing=True, **pictures
         ),
+        "adapter, text held": lambda: check.hold_text(check.vlm_case("", text, lora=LoraShape(8), **pictures)),
+        "text held, recomputing": lambda: check.hold_text(
+            check.vlm_case("", text, lora=LoraShape(8, 0.05), checkpointing=True, **pictures)
+        ),
         "rows": lambda: check.token_case("", text, graded=30, **ids),
         "rows, much graded": lambda: check.token_case("", text, graded=240, **ids),
         "rows, recomputing": lambda: check.token_case("", text, graded=240, checkpointing=True, **ids),
@@ -139,6 +143,8 @@ CASES = (
     "adapter",
     "adapter with dropout",
     "adapter, recomputing",
+    "adapter, text held",
+    "text held, recomputing",
     "rows",
     "rows, much graded",
     "rows, recomputing",
