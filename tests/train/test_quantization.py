@@ -23,10 +23,12 @@ from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.train import train_utils
 from qwen3_vlm.train.add_ons import load_vlm
 from qwen3_vlm.train.connector_recipe import build_model
+from qwen3_vlm.train.export_rows import export_rows
 from qwen3_vlm.train.lora_stage import refuse_sharded_quantization
 from qwen3_vlm.train.planner_formulas import NF4
 from qwen3_vlm.train.run import save_checkpoint
 from qwen3_vlm.train.stages import trainability_table
+from qwen3_vlm.train.verify import verify_add_on
 from tests.tiny import TINY_CONNECTOR
 from tests.train.tiny_run import tiny_config
 from tests.train.tiny_talks import write_conversations
@@ -139,6 +141,23 @@ def test_stage_4_over_4_bits(tmp_path: Path) -> None:
     with without_lora(model):
         plain = load(dataset.parent / "tokenizers" / "llm")(ids).logits[..., :used]
         assert torch.equal(model(ids, score_range=(0, 384)).logits[..., :used], plain)
+
+
+def test_trained_over_4_bits_it_is_verified_and_exported_over_the_plain_base(tmp_path: Path) -> None:
+    """A whole run; what is exported is the base as its files have it, with the adapter in it."""
+    dataset = save_dataset(tmp_path / "data", 30)
+    changes: dict[str, Any] = {"stage": "stage4_mmpt", "optim__max_steps": 1, **SHORT, "lora__kl_weight": 0.0}
+    changes |= {"lora__learning_rate": 1e-1, "tokens__tasks": {"i2t": {}}}
+    rows = train_utils.train(token_config(tmp_path / "run", dataset, **changes)).add_on_dir
+    assert rows is not None
+    checks = {check.name: check.passed for check in verify_add_on(rows).checks}
+    assert [checks[name] for name in ("files", "rows", "adapter", "llm", "gate parameter integrity")] == [True] * 5
+    export_rows(rows, tmp_path / "whole")
+    model, ids = TokenLM.from_add_on(rows), torch.arange(1, 13).reshape(1, 12)
+    used = model.token_space.text.tokenizer_size
+    found = model(ids, score_range=(0, used)).logits[..., :used]
+    torch.testing.assert_close(load(tmp_path / "whole")(ids).logits[..., :used], found, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(load(dataset.parent / "tokenizers" / "llm")(ids).logits[..., :used], found, atol=1e-3)
 
 
 def test_without_the_library_a_sentence(tiny_llm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
