@@ -161,12 +161,15 @@ def model_of(config: RunConfig, new_rows: int | None = None, space: TokenSpace |
         raise ConfigError(f"The planner knows the stages {', '.join(TRAINS)}; {config.stage!r} is none of them.")
     parts, settings = TRAINS[config.stage], config.model
     text = read_text_shape(settings.llm)
-    lora = LoraShape(config.lora.rank, config.lora.dropout, config.lora.dora) if "lora" in parts else None
+    full = config.trunk.training == "full"
+    adapted = "lora" in parts and not full
+    lora = LoraShape(config.lora.rank, config.lora.dropout, config.lora.dora) if adapted else None
     if "connector" in parts:
         tower = read_tower_shape(settings.vision_tower)
         return Model(text, tower, ConnectorShape.of(settings, text, tower), lora)
     rows = new_rows or (space.vocab_size_total - space.text.vocab_size if space else ASSUMED_ROWS)
-    return Model(text, lora=lora, new_rows=rows)
+    copied = full and config.lora.kl_weight > 0
+    return Model(text, lora=lora, new_rows=rows, full_trunk=full, copied_trunk=copied)
 
 
 def numerics_of(config: RunConfig) -> Numerics:
@@ -408,6 +411,8 @@ def _remarks(config: RunConfig, given: Assumptions, space: TokenSpace | None, da
             f"The base reads {data.held:.0%} of the samples once more, for lora.kl_weight; {TEXT_TOKENS} tokens each "
             "are assumed."
         )
+    if config.trunk.training == "full":
+        found.append("The base is loaded once more, beside the model, to measure the drift of text.")
     if config.data.feature_cache:
         found.append("The tower runs once per picture, before training (data.feature_cache).")
     return found

@@ -40,6 +40,8 @@ class Model:
     connector: ConnectorShape | None = None
     lora: LoraShape | None = None
     new_rows: int = 0
+    full_trunk: bool = False  # the decoder trains, but for its embedding …
+    copied_trunk: bool = False  # … beside a frozen copy of it, which the KL in the loss compares with
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ def parameters(model: Model) -> dict[str, tuple[int, int]]:
             found["vision_ln"] = (2 * model.connector.vision_width, 0)
         found["resampler"] = (resampler_parameters(model.connector), 0)
         found["projector"] = (projector_parameters(model.connector), 0)
-    found["language_model"] = (0, trunk_parameters(model.text))
+    kept = model.text.vocabulary * model.text.width if model.full_trunk else trunk_parameters(model.text)
+    found["language_model"] = (trunk_parameters(model.text) - kept, kept)
     found["lm_head"] = (0, 0 if model.text.tied else model.text.vocabulary * model.text.width)
     if model.new_rows:
         found["vocabulary_rows"] = (row_parameters(model.text, model.new_rows), 0)
@@ -190,7 +193,9 @@ def executed_flops(model: Model, batch: Batch, *, checkpointing: bool, attention
     return Flops(
         tower=tower_flops(model.tower, batch.pictures) if model.tower else 0.0,
         connector=connector_flops(model.connector, model.tower, batch.pictures, attention_backward),
-        language_model=2 * (forward - attention) + (1 + attention_backward) * attention,
+        language_model=2 * (forward - attention)
+        + (1 + attention_backward) * attention
+        + weight_gradient_flops(model, batch.positions),
         adapter=lora_flops(model, batch),
         head=head_flops(model, batch),
         recomputed=recomputed_flops(model, batch) if checkpointing else 0.0,
@@ -208,6 +213,7 @@ def useful_flops(model: Model, batch: Batch) -> float:
     attention = 6 * batch.tokens * length * text.query_width * text.layers
     found = 4.0 * matrices * batch.tokens + attention + head_flops(model, batch)
     found += lora_flops(model, replace(batch, rows=1, length=batch.tokens))
+    found += weight_gradient_flops(model, batch.tokens)
     if batch.held:  # causal: half of all pairs
         found += divergence_flops(text, batch.held)
         found -= attention_flops(text, batch.held.positions, batch.held.length) / 2
@@ -219,6 +225,12 @@ def trunk_forward_flops(text: TextShape, positions: float, length: float) -> flo
     """2 per weight and position, and attention. Backward to the input is once more as much: weights are frozen."""
     matrices = text.layers * sum(width * out for width, out in text.linears)
     return 2.0 * matrices * positions + attention_flops(text, positions, length)
+
+
+def weight_gradient_flops(model: Model, positions: float) -> float:
+    """2 per weight and position more, where the decoder's own matrices train."""
+    matrices = model.text.layers * sum(width * out for width, out in model.text.linears)
+    return 2.0 * matrices * positions * model.full_trunk
 
 
 def attention_flops(text: TextShape, positions: float, length: float) -> float:
@@ -322,7 +334,8 @@ def cast_bytes(model: Model, numerics: Numerics) -> float:
     if not numerics.autocast:
         return 0.0
     counts = parameters(model)
-    trained = sum(counts[name][0] for name in ("resampler", "projector", "lora") if name in counts)
+    parts = ("resampler", "projector", "lora", "language_model")
+    trained = sum(counts[name][0] for name in parts if name in counts)
     frozen = sum(frozen for _, frozen in counts.values()) if numerics.base == FP32 else 0
     return BF16 * float(trained + frozen)
 
@@ -341,7 +354,24 @@ def layer_activation_bytes(model: Model, batch: Batch, numerics: Numerics) -> fl
     attention = c * (2 * text.query_width + keys) + FP32 * text.heads + c * batch.length * batch.masked
     gated = 3 * c * text.feed_forward
     per_position = FP32 * (normed + roots) + attention + gated
-    return batch.positions * (per_position + lora_activation_bytes(model, numerics))
+    learning = lora_activation_bytes(model, numerics) + trunk_activation_bytes(model, numerics)
+    return batch.positions * (per_position + learning)
+
+
+def trunk_activation_bytes(model: Model, numerics: Numerics) -> float:
+    """Per position and layer, where the decoder's own weights train: the inputs of its matrices, as those of an
+    adapter without dropout, and what each norm's weight is multiplied with."""
+    if not model.full_trunk:
+        return 0.0
+    text, c = model.text, numerics.compute
+    normed = 2 * text.width + (text.query_width + text.kv_width) * text.qk_norm
+    each = 5 if numerics.autocast else 2  # casts for q, k, v, gate, up; or two inputs that these share
+    return float(c * (normed + each * text.width + text.feed_forward))
+
+
+def copied_bytes(model: Model, numerics: Numerics) -> float:
+    """The frozen copy of a decoder that trains; each device has all of it."""
+    return float(parameters(model)["language_model"][0] * numerics.base) if model.copied_trunk else 0.0
 
 
 def lora_activation_bytes(model: Model, numerics: Numerics) -> float:
@@ -494,7 +524,7 @@ def step_memory(
     count = trainable_parameters(model) / shards
     gradients, activations, working = _worst_moment(model, batch, numerics, checkpointing, gradients_stay, shards)
     return Memory(
-        frozen_weights=frozen / shards,
+        frozen_weights=frozen / shards + copied_bytes(model, numerics),
         trained_weights=trained / shards,
         gradients=gradients,
         optimizer=0.0 if first_step else ADAM_STATE_BYTES * count,
@@ -531,8 +561,21 @@ def _worst_moment(
         (every, of_loss, of_rows) if model.text.tied else (early, kept + of_loss, of_rows),
         (early, kept - norm, layer),
         (every, 0.0, 0.0),
+        _first_layer(model, batch, numerics, every, gradients_stay, shards),
     )
     return max(moments, key=sum)
+
+
+def _first_layer(
+    model: Model, batch: Batch, numerics: Numerics, every: float, gradients_stay: bool, shards: int
+) -> tuple[float, float, float]:
+    """(gradients, activations, working) when the turn of a decoder's first layer comes, and the decoder trains: only
+    its own gradients and those of a tied base's rows are missing."""
+    if not model.full_trunk:
+        return 0.0, 0.0, 0.0
+    missing = layer_parameters(model.text) + model.new_rows * model.text.width * model.text.tied
+    there = every if gradients_stay else every - GRADIENT_BYTES * missing / shards
+    return there, layer_activation_bytes(model, batch, numerics), layer_working_bytes(model, batch, numerics)
 
 
 def gathered_bytes(model: Model, numerics: Numerics) -> float:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from qwen3_vlm.cli_plan import format_plan
 from qwen3_vlm.cli_plan import plan as command
-from qwen3_vlm.config import RunConfig, load_config
+from qwen3_vlm.config import RunConfig, load_config, parse_config
 from qwen3_vlm.errors import ConfigError, ModelError
 from qwen3_vlm.train.planner import ASSUMED_ROWS, Assumptions, Plan, plan
 from qwen3_vlm.train.planner_hardware import DEVICES, parse_cluster
@@ -65,6 +65,20 @@ def test_stage_3_counts_rows_once_for_a_tied_base_and_twice_for_an_untied_one() 
     assert "vision_tower" not in tied.parameters
     untied = planned("stage3_rows.yaml", "1xH100", "model.llm=Qwen/Qwen3-8B-Base", new_rows=1000)
     assert untied.parameters["vocabulary_rows"] == (2 * 1000 * 4096, 0)
+
+
+def test_a_decoder_that_trains_has_gradients_and_a_copy_where_text_is_held() -> None:
+    tree = {"stage": "stage4_mmpt", "model": {"llm": "Qwen/Qwen3-0.6B-Base"}, "trunk": {"training": "full"}}
+    text = {"lora": {"kl_weight": 1.0}, "text": {"files": ["t.jsonl"]}}
+    found, held = (plan(parse_config({**tree, **more}), parse_cluster("8xH100")) for more in ({}, text))
+    decoder = 596_049_920 - 151_936 * 1024  # all but the embedding, which is the head too
+    assert found.parameters["language_model"] == (decoder, 151_936 * 1024)
+    assert "lora" not in found.parameters
+    trained = decoder + ASSUMED_ROWS * 1024
+    assert found.ways[0].memory.optimizer == 8 * trained
+    assert found.ways[0].memory.gradients == 4 * trained
+    for one, other in zip(found.ways, held.ways, strict=True):  # whole on each device, sharded or not
+        assert other.memory.frozen_weights - one.memory.frozen_weights == 2 * decoder
 
 
 def test_time_follows_samples_and_devices_and_cost_the_price() -> None:

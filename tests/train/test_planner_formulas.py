@@ -1,5 +1,6 @@
 """The planner's formulas against models that are there: parameters, counted FLOPs, the allocator's own bytes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qwen3_vlm.train.planner_shapes import (
     text_shape,
     tower_shape,
 )
-from qwen3_vlm.train.stages import STAGES, trainability_table
+from qwen3_vlm.train.stages import FULL_TRUNK, STAGES, apply_stage, trainability_table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # keras-hub, keras_hub/src/models/qwen3/qwen3_presets.py: counted there from the published weights.
@@ -157,6 +158,20 @@ def test_flops_are_those_counted_and_bytes_those_allocated(check: Any, name: str
     table = {row.component: (row.trainable, row.frozen) for row in trainability_table(case.torch_model)}
     expected = formulas.parameters(case.model)
     assert {key: value for key, value in table.items() if sum(value)} == expected
+    result = check.check(case)
+    assert result["planned"]["flops"] == result["measured"]["flops"]
+    assert result["ratio"]["bytes"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_decoder_that_trains(check: Any, checkpointing: bool) -> None:
+    text = check.text_config(256, 3, 4096, tied=True)
+    sizes = {"rows": 3, "length": 96, "codes": 1024, "graded": 30}
+    case = check.token_case("", text, checkpointing=checkpointing, **sizes)
+    apply_stage(case.torch_model, FULL_TRUNK)
+    case.model = replace(case.model, full_trunk=True)
+    table = {row.component: (row.trainable, row.frozen) for row in trainability_table(case.torch_model)}
+    assert {key: value for key, value in table.items() if sum(value)} == formulas.parameters(case.model)
     result = check.check(case)
     assert result["planned"]["flops"] == result["measured"]["flops"]
     assert result["ratio"]["bytes"] == pytest.approx(1, abs=0.1)
