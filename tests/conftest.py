@@ -81,3 +81,39 @@ def connector(tiny_vlm: tuple[Any, Any], tiny_llm_dir: Path, tiny_tower_dir: Pat
         evidence={"format": 1, "gates": [PASSED_GATE]},
         details={"stage": "stage1_align", "step": 7, "dtype": "float32"},
     )
+
+
+@pytest.fixture(scope="module")
+def add_ons(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path, tiny_tower_dir: Path) -> dict[str, Path]:
+    """A connector and rows of one base, with an adapter each."""
+    from tests.models.tiny_omni import save_connector_of, save_rows_of
+    from tests.tokenization.plain_codecs import plain_uti
+
+    home = tmp_path_factory.mktemp("add_ons")
+    connector = save_connector_of(home / "connector", tiny_llm_dir, tiny_tower_dir)
+    return {"connector": connector, "rows": save_rows_of(home / "rows", tiny_llm_dir, plain_uti())}
+
+
+@pytest.fixture(scope="module")
+def omni(add_ons: dict[str, Path]) -> Any:
+    """Both in one model."""
+    from qwen3_vlm.train.omni_files import load_omni
+    from tests.tokenization.plain_codecs import plain_uti
+
+    return load_omni(add_ons["connector"], add_ons["rows"], uti=plain_uti())
+
+
+@pytest.fixture(scope="module")
+def seer(add_ons: dict[str, Path]) -> tuple[Any, Any]:
+    """The connector and its adapter alone."""
+    from qwen3_vlm.train.add_ons import load_vlm
+
+    return load_vlm(add_ons["connector"])
+
+
+@pytest.fixture(scope="module")
+def speaker(add_ons: dict[str, Path]) -> Any:
+    """The rows and their adapter alone."""
+    from qwen3_vlm.models.token_lm import TokenLM
+
+    return TokenLM.from_add_on(add_ons["rows"])

@@ -17,9 +17,7 @@ from qwen3_vlm.generate.grammar import Grammar
 from qwen3_vlm.generate.sampling import Choice, Sampling
 from qwen3_vlm.models.omni import OmniModel
 from qwen3_vlm.models.token_lm import TokenLM
-from qwen3_vlm.train.add_ons import load_vlm
-from qwen3_vlm.train.omni_files import load_omni
-from tests.models.tiny_omni import picture, save_connector_of, save_rows_of, sound
+from tests.models.tiny_omni import picture, sound
 from tests.tokenization.plain_codecs import plain_uti
 
 UTI = plain_uti()
@@ -41,28 +39,6 @@ def text_part(text: str) -> dict[str, Any]:
 
 def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": parts[0] if isinstance(parts[0], str) else list(parts)}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path, tiny_tower_dir: Path) -> dict[str, Path]:
-    home = tmp_path_factory.mktemp("chat")
-    connector = save_connector_of(home / "connector", tiny_llm_dir, tiny_tower_dir)
-    return {"connector": connector, "rows": save_rows_of(home / "rows", tiny_llm_dir, UTI)}
-
-
-@pytest.fixture(scope="module")
-def omni(folders: dict[str, Path]) -> OmniModel:
-    return load_omni(folders["connector"], folders["rows"], uti=UTI)
-
-
-@pytest.fixture(scope="module")
-def seer(folders: dict[str, Path]) -> tuple[Any, Any]:
-    return load_vlm(folders["connector"])
-
-
-@pytest.fixture(scope="module")
-def speaker(folders: dict[str, Path]) -> TokenLM:
-    return TokenLM.from_add_on(folders["rows"])
 
 
 def test_seen_drawn_and_looked_at(omni: OmniModel, seer: tuple[Any, Any], speaker: TokenLM) -> None:

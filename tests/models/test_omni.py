@@ -58,31 +58,6 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, tiny_llm_dir: Path, tiny_tower_dir: Path) -> dict[str, Path]:
-    """A connector and rows of one base, with an adapter each."""
-    home = tmp_path_factory.mktemp("omni")
-    connector = save_connector_of(home / "connector", tiny_llm_dir, tiny_tower_dir)
-    return {"connector": connector, "rows": save_rows_of(home / "rows", tiny_llm_dir, UTI)}
-
-
-@pytest.fixture(scope="module")
-def omni(folders: dict[str, Path]) -> OmniModel:
-    return load_omni(folders["connector"], folders["rows"], uti=UTI)
-
-
-@pytest.fixture(scope="module")
-def seer(folders: dict[str, Path]) -> tuple[Any, Any]:
-    """The connector and its adapter alone."""
-    return load_vlm(folders["connector"])
-
-
-@pytest.fixture(scope="module")
-def speaker(folders: dict[str, Path]) -> TokenLM:
-    """The rows and their adapter alone."""
-    return TokenLM.from_add_on(folders["rows"])
-
-
 def drawn(model: Any, target: Any, sources: Any, seed: int = 5) -> list[list[int]]:
     grammar = Grammar(UTI.token_space, max_frames=3, max_text=5)
     answers = generate_segments(model, UTI, target, sources, seed=seed, grammar=grammar)
@@ -231,13 +206,13 @@ def test_streams_have_their_adapter_too(speaker: TokenLM, omni: OmniModel) -> No
     assert list(streams[0]) == list(streams[1])
 
 
-def test_further_adapters(folders: dict[str, Path], tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> None:
+def test_further_adapters(add_ons: dict[str, Path], tiny_llm_dir: Path, tiny_tower_dir: Path, tmp_path: Path) -> None:
     """One beside another add-on, and one in PEFT's own format: each gives what it gives alone."""
     other = load_base(tiny_llm_dir)
     give_adapter(other.base_model, rank=1, seed=21)
     write_adapter(tmp_path, other.base_model, "model", str(tiny_llm_dir))
-    adapters = {"peft": tmp_path, "again": folders["rows"]}
-    omni = load_omni(folders["connector"], folders["rows"], adapters=adapters, uti=UTI)
+    adapters = {"peft": tmp_path, "again": add_ons["rows"]}
+    omni = load_omni(add_ons["connector"], add_ons["rows"], adapters=adapters, uti=UTI)
     assert omni.adapters == ["connector", "rows", "peft", "again"]
     ids = torch.arange(12)[None]
     for _ in range(2):
@@ -248,9 +223,9 @@ def test_further_adapters(folders: dict[str, Path], tiny_llm_dir: Path, tiny_tow
         omni.speaking("nothing")
 
 
-def test_add_ons_without_adapters(folders: dict[str, Path], tiny_llm_dir: Path, tmp_path: Path) -> None:
+def test_add_ons_without_adapters(add_ons: dict[str, Path], tiny_llm_dir: Path, tmp_path: Path) -> None:
     rows = save_rows_of(tmp_path / "rows", tiny_llm_dir, UTI, adapter=False)
-    omni = load_omni(folders["connector"], rows, uti=UTI)
+    omni = load_omni(add_ons["connector"], rows, uti=UTI)
     assert (omni.adapters, omni.sees_with, omni.speaks_with) == (["connector"], "connector", None)
     assert drawn(omni.token_lm, "image", [{"text": "a"}]) == drawn(TokenLM.from_add_on(rows), "image", [{"text": "a"}])
 
@@ -279,38 +254,38 @@ def test_a_base_without_a_spare_row(tiny_tower_dir: Path, tmp_path: Path) -> Non
 class TestRefused:
     """Each with a sentence that says what does not belong together."""
 
-    def test_another_base(self, folders: dict[str, Path], tmp_path: Path) -> None:
+    def test_another_base(self, add_ons: dict[str, Path], tmp_path: Path) -> None:
         other = save_tiny_llm(tmp_path / "other", seed=4)
         rows = save_rows_of(tmp_path / "rows", other, UTI)
         with pytest.raises(BaseMismatchError, match=r"rows were made for another base than the connector .*:\n  LLM"):
-            load_omni(folders["connector"], rows, uti=UTI)
+            load_omni(add_ons["connector"], rows, uti=UTI)
         with pytest.raises(BaseMismatchError, match="made for another base"):
-            load_omni(folders["connector"], folders["rows"], llm=other, uti=UTI)
+            load_omni(add_ons["connector"], add_ons["rows"], llm=other, uti=UTI)
         with pytest.raises(BaseMismatchError, match="made for another base"):
-            load_omni(folders["connector"], folders["rows"], adapters={"other": rows}, uti=UTI)
+            load_omni(add_ons["connector"], add_ons["rows"], adapters={"other": rows}, uti=UTI)
 
-    def test_another_token_space(self, folders: dict[str, Path]) -> None:
+    def test_another_token_space(self, add_ons: dict[str, Path]) -> None:
         with pytest.raises(TokenSpaceError, match="another token space"):
-            load_omni(folders["connector"], folders["rows"], uti=plain_uti(clipping="refuse", image=Coarse()))
+            load_omni(add_ons["connector"], add_ons["rows"], uti=plain_uti(clipping="refuse", image=Coarse()))
 
-    def test_other_dtypes(self, folders: dict[str, Path], tiny_llm_dir: Path, tmp_path: Path) -> None:
+    def test_other_dtypes(self, add_ons: dict[str, Path], tiny_llm_dir: Path, tmp_path: Path) -> None:
         rows = save_rows_of(tmp_path / "rows", tiny_llm_dir, UTI, dtype=torch.bfloat16)
         with pytest.raises(ConfigError, match="a base in float32, the rows on one in bfloat16"):
-            load_omni(folders["connector"], rows, uti=UTI)
-        assert load_omni(folders["connector"], rows, uti=UTI, dtype="float32").text.dtype == torch.float32
+            load_omni(add_ons["connector"], rows, uti=UTI)
+        assert load_omni(add_ons["connector"], rows, uti=UTI, dtype="float32").text.dtype == torch.float32
 
-    def test_adapters(self, folders: dict[str, Path], tmp_path: Path) -> None:
+    def test_adapters(self, add_ons: dict[str, Path], tmp_path: Path) -> None:
         for name, message in (("rows", "can't be called 'rows'"), ("a.b", "'a.b' is no name of an adapter")):
             with pytest.raises(Qwen3VLMError, match=message):
-                load_omni(folders["connector"], folders["rows"], adapters={name: folders["rows"]}, uti=UTI)
+                load_omni(add_ons["connector"], add_ons["rows"], adapters={name: add_ons["rows"]}, uti=UTI)
         with pytest.raises(AddOnError, match="has no adapter"):
-            load_omni(folders["connector"], folders["rows"], adapters={"x": tmp_path}, uti=UTI)
-        changed = Path(shutil.copytree(folders["connector"], tmp_path / "changed"))
+            load_omni(add_ons["connector"], add_ons["rows"], adapters={"x": tmp_path}, uti=UTI)
+        changed = Path(shutil.copytree(add_ons["connector"], tmp_path / "changed"))
         data = bytearray((changed / "adapter_model.safetensors").read_bytes())
         data[-1] ^= 1
         (changed / "adapter_model.safetensors").write_bytes(data)
         with pytest.raises(TamperedFileError, match="adapter_model"):
-            load_omni(changed, folders["rows"], uti=UTI)
+            load_omni(changed, add_ons["rows"], uti=UTI)
 
     def test_two_bases_in_memory(self, seer: tuple[Any, Any], speaker: TokenLM) -> None:
         with pytest.raises(ModelError, match="two bases in memory"):
