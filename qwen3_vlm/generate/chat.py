@@ -156,7 +156,11 @@ def with_words(omni: OmniModel, messages: Sequence[Message], modality: Content =
     """The messages, with what each sound (or picture) says beside it as "text".
 
     For conversations that go on: what was put into words once need not be listened to again at every turn.
+
+    Raises:
+        TokenError: a message is none; says which and why.
     """
+    _turns(omni, messages)
     found = []
     for message in messages:
         content = message["content"]
@@ -190,11 +194,26 @@ def _read(omni: OmniModel, messages: Sequence[Message]) -> list[Turn]:
     """The messages, checked.
 
     Raises:
+        TokenError: one is none, or the last one is not the user's.
+    """
+    turns = _turns(omni, messages)
+    if not turns or turns[-1].role != "user":
+        raise TokenError("The last message must be the user's: it is what is answered.", "bad_message")
+    return turns
+
+
+def _turns(omni: OmniModel, messages: Sequence[Message]) -> list[Turn]:
+    """Message by message.
+
+    Raises:
         TokenError: names the first that is none.
     """
     marks = _marks(omni)
     turns = []
     for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            kind = type(message).__name__
+            raise TokenError(f'Message {number} is a {kind}; {{"role": "user", "content": …}} is one.', "bad_message")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise TokenError(f"Message {number} has the role {role!r}; there are {', '.join(ROLES)}.", "bad_message")
@@ -202,8 +221,6 @@ def _read(omni: OmniModel, messages: Sequence[Message]) -> list[Turn]:
         if not isinstance(parts, Sequence) or not parts:
             raise TokenError(f"Message {number} has no content: a text, or a list of parts.", "bad_message")
         turns.append(Turn(str(role), tuple(_part(part, f"Message {number}", marks) for part in parts)))
-    if not turns or turns[-1].role != "user":
-        raise TokenError("The last message must be the user's: it is what is answered.", "bad_message")
     return turns
 
 

@@ -106,6 +106,22 @@ def test_pictures_in_words(omni: OmniModel, speaker: TokenLM, monkeypatch: pytes
     assert with_words(omni, asked, "image")[0]["content"][0]["text"] == words
 
 
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user"}], "Message 0 has no content"),
+        ([user("a"), {"content": "b"}], "Message 1 has the role None"),
+        (["hello"], "Message 0 is a str"),
+        ([user({"type": "audio"})], "Message 0 has a part that is none"),
+        ([{"role": "user", "content": ["hello"]}], "Message 0 has a part that is none"),
+        ([{"role": "user", "content": 3}], "Message 0 has no content"),
+    ],
+)
+def test_what_is_no_message_has_no_words(omni: OmniModel, messages: Any, message: str) -> None:
+    with pytest.raises(TokenError, match=message):
+        with_words(omni, messages)
+
+
 def test_marks_are_not_heard(omni: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows can write any id of the tokenizer; the end of a message among them would end it."""
     monkeypatch.setattr(
