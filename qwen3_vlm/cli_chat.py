@@ -77,6 +77,7 @@ def chat(
 ) -> None:
     """Talk with one model that sees, reads, hears, draws and speaks; one message, or a conversation."""
     once = text is not None or bool(image or audio)
+    _refuse_idle(once, reply, made_of, out)
     if once and reply in SUFFIXES:
         out = out or Path(f"reply{SUFFIXES[reply]}")
         require_suffix(out, reply)
@@ -99,6 +100,27 @@ def chat(
         Talk(omni, Path(), seed, as_json, options, parts).say(text or "", reply, made_of, out)
     else:
         talk(Talk(omni, out or Path(), seed, as_json, options), sys.stdin)
+
+
+def _refuse_idle(once: bool, reply: Kind, made_of: Made, out: Path | None) -> None:
+    """Options that would do nothing.
+
+    Raises:
+        ConfigError: names one.
+    """
+    if once and reply is Kind.text:
+        for name, value in (("--out", out), ("--of", None if made_of is Made.message else made_of.value)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is {value}, and the answer is text, which is printed: ask for a picture or a sound with "
+                    f"--reply, or leave {name} out."
+                )
+    if not once and (reply is not Kind.text or made_of is not Made.message):
+        name = "--of" if reply is Kind.text else "--reply"
+        raise ConfigError(
+            f"{name} is for one message, and none is given: say what to answer, or ask for pictures and sounds with "
+            "/draw, /say and /aloud in a conversation."
+        )
 
 
 def open_omni(
@@ -144,11 +166,13 @@ class Talk:
         """One message and its reply, which is printed or written.
 
         Raises:
-            Qwen3VLMError: there can be none; the conversation is as it was before.
+            Qwen3VLMError: there can be none; the conversation is as it was before, and what was shown is gone: it may
+                be what can't be answered, and would stand in the way of the next message too.
         """
         from qwen3_vlm.generate.chat import chat, with_words
 
-        content = [*self.shown, *([{"type": "text", "text": text}] if text else [])]
+        shown, self.shown = self.shown, []
+        content = [*shown, *([{"type": "text", "text": text}] if text else [])]
         messages = [*self.messages, {"role": "user", "content": content}]
         if kind is Kind.text or made_of is Made.answer:
             messages = with_words(self.omni, messages)
@@ -156,7 +180,7 @@ class Talk:
         reply = chat(self.omni, messages, kind.value, source=made_of.value, **options)
         if options["streamer"] is None:
             self._tell(reply, kind, out)
-        self.messages, self.shown, self.replies = [*messages, reply.message()], [], self.replies + 1
+        self.messages, self.replies = [*messages, reply.message()], self.replies + 1
 
     def _streamer(self, kind: Kind) -> Any:
         """Shows words while they come, where somebody is looking."""
@@ -186,10 +210,12 @@ def talk(session: Talk, lines: Iterable[str]) -> None:
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
             return
+        shown = len(session.shown)
         try:
             _obey(session, command, rest.strip(), line.strip())
         except Qwen3VLMError as error:
-            print(f"Error: {error}", file=sys.stderr, flush=True)
+            dropped = " What was shown with it is left out from here on." if len(session.shown) < shown else ""
+            print(f"Error: {error}{dropped}", file=sys.stderr, flush=True)
         if interactive:
             print("> ", end="", flush=True)
 

@@ -127,12 +127,33 @@ def test_a_conversation(
         (("x", "--temperature", "-1"), "temperature is -1"),
         (("x", "--llm", "/no/such/base"), "/no/such/base"),
         (("<|im_start|>",), "a mark between messages"),
+        (("x", "-o", "a.png"), "--out is a.png, and the answer is text, which is printed"),
+        (("x", "--of", "answer"), "--of is answer, and the answer is text"),
+        (("--reply", "image"), "--reply is for one message, and none is given"),
+        (("--of", "answer"), "--of is for one message, and none is given"),
     ],
 )
 def test_what_is_refused(run: Run, command: tuple[object, ...], arguments: tuple[str, ...], words: str) -> None:
     status, printed, err = run(*command, *arguments)
     assert (status, printed, err.startswith("Error: ")) == (1, "", True)
     assert words in err
+
+
+def test_ten_minutes_of_sound(
+    run: Run, command: tuple[object, ...], omni: OmniModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One sentence with the limit; in a conversation the sound is gone with it."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(600 * 800), 800)
+    limit = "the model reads 512 at a time"
+    status, printed, err = run(*command, "--audio", tmp_path / "long.wav")
+    assert (status, printed, err.count("\n")) == (1, "", 1)
+    assert re.match(rf"Error: The sound lasts 600\.0 s, [\d,]+ ids; {limit}: [\d.]+ s of sound at most\.", err)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/audio {tmp_path / 'long.wav'}\nhm?\nand this?"))
+    status, printed, err = run(*command)
+    alone = chat(omni, [{"role": "user", "content": "and this?"}], max_new_tokens=6).text
+    assert (status, printed) == (0, f"{alone}\n")
+    assert limit in err
+    assert err.endswith("What was shown with it is left out from here on.\n")
 
 
 def test_swapped_directories(run: Run, home: Path) -> None:

@@ -28,7 +28,7 @@ from qwen3_vlm.generate.generation import (
     Segment,
     Source,
     decode,
-    encode,
+    encode_fitting,
     generate,
     generate_segments,
     grammar_after,
@@ -309,7 +309,7 @@ def _prompt(omni: OmniModel, turns: Sequence[Turn], ways: Mapping[str, Way]) -> 
 def _segment(omni: OmniModel, part: Part) -> list[int]:
     """A picture or a sound as tokens between its boundaries."""
     space, boundary = omni.token_space, BOUNDARIES[part.modality]
-    (ids,) = encode(omni.uti, {part.modality: part.value}).values()
+    (ids,) = encode_fitting(omni.token_lm, omni.uti, {part.modality: part.value}).values()
     return [space.special(boundary.start), *ids.tolist(), space.special(boundary.end)]
 
 

@@ -26,6 +26,7 @@ from qwen3_vlm.models.modes import evaluation_mode
 from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.sequences import (
     BOUNDARIES,
+    OVERHEAD,
     SEQUENCES,
     Ids,
     prompt_ids,
@@ -113,7 +114,7 @@ def generate_segments(
     model.token_space.require_same(tokenizer.token_space, "The tokenizer")
     prompts = []
     for source in sources:
-        ids = encode(tokenizer, source)
+        ids = encode_fitting(model, tokenizer, source)
         prompts.append((task_of(next(iter(ids)), target), ids))
     return generate_ids(model, prompts, **options)
 
@@ -272,6 +273,32 @@ def encode(tokenizer: UnifiedTokenizer, source: Source) -> dict[str, npt.NDArray
         case {"audio": (waveform, sampling_rate_hz)}:
             return {"audio": tokenizer.encode_audio(waveform, sampling_rate_hz).ids}
     raise TokenError(f"A source is a text, an image or an audio, not {', '.join(source) or 'nothing'}.", "bad_source")
+
+
+def encode_fitting(model: Any, tokenizer: UnifiedTokenizer, source: Source) -> dict[str, npt.NDArray[Any]]:
+    """As `encode`; a sound is not encoded if the model can't read it as a whole.
+
+    Raises:
+        ModelError: it can't; says how long a sound may be.
+    """
+    positions, codec = getattr(model.config, "max_position_embeddings", None), tokenizer.token_space.audio
+    if positions is None or codec is None:
+        return encode(tokenizer, source)
+    match dict(source):
+        case {"audio": (waveform, sampling_rate_hz)}:
+            sound = tokenizer.prepare_audio(waveform, sampling_rate_hz)
+        case _:
+            return encode(tokenizer, source)
+    count = sum(clip.shape[-1] for clip in sound.clips) // codec.samples_per_frame * codec.num_codebooks
+    most = positions - OVERHEAD - 1
+    if count > most:
+        raise ModelError(
+            f"The sound lasts {sound.samples / codec.sampling_rate_hz:,.1f} s, {count:,} ids; the model reads "
+            f"{positions:,} at a time: {max(most, 0) / codec.ids_per_second:,.1f} s of sound at most. Give it a part "
+            "that is shorter."
+        )
+    (encoded,) = tokenizer.encode_prepared([sound])
+    return {"audio": encoded.ids}
 
 
 def decode(tokenizer: UnifiedTokenizer, segment: Segment) -> Any:

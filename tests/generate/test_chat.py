@@ -122,6 +122,19 @@ def test_what_is_no_message_has_no_words(omni: OmniModel, messages: Any, message
         with_words(omni, messages)
 
 
+def test_a_sound_that_is_longer_than_the_model_reads_is_refused_unheard(
+    omni: OmniModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten minutes; the codec would take long."""
+    monkeypatch.setattr(omni.uti, "encode_prepared", lambda *_: pytest.fail("It was encoded."))
+    long = (np.zeros(600 * 8_000, dtype=np.float32), 8_000)
+    limit = omni.token_lm.config.max_position_embeddings
+    asked = [user({"type": "audio", "audio": long})]
+    for options in ({}, {"reply": "image"}, {"sounds": "tokens"}):
+        with pytest.raises(ModelError, match=f"lasts 600.0 s, .* ids; the model reads {limit:,} at a time: .* s"):
+            chat(omni, asked, **options)
+
+
 def test_marks_are_not_heard(omni: OmniModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows can write any id of the tokenizer; the end of a message among them would end it."""
     monkeypatch.setattr(
