@@ -50,7 +50,7 @@ def text_charts(run: RunFiles) -> list[Markup]:
     """Of the texts that are mixed in: their loss, and how far they are from the base."""
     lines = run.of_kind("train")
     charts = [
-        line_chart([Series("training", points(lines, key), 3)], "optimizer step", "nats per token", title)
+        line_chart([Series("training", points(lines, key), 0)], "optimizer step", "nats per token", title)
         for key, title in ((f"loss_{TEXT}", "Loss of texts"), ("text_kl", "KL of text from the base"))
     ]
     return [chart for chart in charts if chart]
