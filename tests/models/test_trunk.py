@@ -29,7 +29,7 @@ def plain(llm: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def trained(llm: Path, dtype: torch.dtype = torch.float32) -> TokenLM:
     """A model whose decoder has moved."""
-    model = TokenLM.grow(plain(llm, dtype), tiny_row_space(llm), seed=3).eval()
+    model: TokenLM = TokenLM.grow(plain(llm, dtype), tiny_row_space(llm), seed=3).eval()
     model.owns_trunk = True
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -144,10 +144,11 @@ def test_folders_of_the_first_format_are_read_and_hold_no_trunk(rows: Path, llm:
     old = save_rows(tmp_path / "old", without, describe_base(llm), uti=None)
     assert read_rows_info(old)["format"] == 1
     assert not TokenLM.from_add_on(old).owns_trunk
-    for changes in ({"format": 1}, {"files": {"adapter_model.safetensors": {}}}):
-        folder = Path(shutil.copytree(rows, tmp_path / f"changed {len(changes)} {next(iter(changes))}"))
+    adapter: dict[str, Any] = {"adapter_model.safetensors": {}}
+    for number, (format, more) in enumerate([(1, {}), (2, adapter)]):
+        folder = Path(shutil.copytree(rows, tmp_path / f"changed {number}"))
         info = json.loads((folder / "trainable_rows.json").read_text())
-        info |= {"format": changes.get("format", 2), "files": {**info["files"], **changes.get("files", {})}}
+        info |= {"format": format, "files": {**info["files"], **more}}
         (folder / "trainable_rows.json").write_text(json.dumps(info))
         with pytest.raises(AddOnError, match=r"no usable files\.trunk\.safetensors"):
             read_rows_info(folder)

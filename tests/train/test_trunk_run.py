@@ -157,7 +157,8 @@ def test_it_goes_on_from_rows_and_from_a_trunk(run: Path, dataset: Path, tmp_pat
 
 
 def test_where_it_does_not_belong_it_is_refused(run: Path, dataset: Path, tmp_path: Path) -> None:
-    for settings in ({"stage": "stage3_rows"}, {"stage": "stage4_mmpt", "lora__rank": 4}):
+    changes: list[dict[str, Any]] = [{"stage": "stage3_rows"}, {"stage": "stage4_mmpt", "lora__rank": 4}]
+    for settings in changes:
         config = token_config(tmp_path / settings["stage"], dataset, **settings, rows__add_on=str(run / "rows"))
         with pytest.raises(AddOnError, match=r"has a decoder of its own .*stage4_mmpt and trunk\.training: full"):
             train(config)
