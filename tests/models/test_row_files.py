@@ -399,7 +399,8 @@ def test_a_hub_id_is_downloaded_by_its_files(rows: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert TokenLM.from_add_on("owner/rows").token_space.sha256 == read_rows_info(rows)["token_space_sha256"]
-    assert asked == [["trainable_rows.*", "token_space.*", "adapter_*", "uti.yaml", "evidence.json"]]
+    files = ["trainable_rows.*", "token_space.*", "adapter_*", "trunk.safetensors", "uti.yaml", "evidence.json"]
+    assert asked == [files]
 
 
 def paths_of(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
