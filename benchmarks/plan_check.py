@@ -36,18 +36,13 @@ from qwen3_vlm.models.token_lm import TokenLM
 from qwen3_vlm.tokenization.token_space import ImageIdentity, TextIdentity, TokenSpace
 from qwen3_vlm.train.planner import model_of
 from qwen3_vlm.train.planner_formulas import (
-    BF16,
-    FP32,
-    Batch,
-    HeldText,
-    Model,
-    Numerics,
     executed_flops,
     step_memory,
     trainable_parameters,
     useful_flops,
 )
 from qwen3_vlm.train.planner_shapes import ConnectorShape, LoraShape, read_tower_shape, text_shape, tower_shape
+from qwen3_vlm.train.planner_step import BF16, FP32, Batch, HeldText, Model, Numerics
 from qwen3_vlm.train.stages import apply_stage, get_stage
 
 ROOT = Path(__file__).parent.parent

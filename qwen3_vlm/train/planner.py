@@ -3,7 +3,8 @@
     config → model shapes, a micro-batch, the data set → for each way to run it (DDP or FSDP2, with or without
     gradient checkpointing): memory per device, does it fit, FLOPs, seconds per step, tokens per second, hours, price
 
-The formulas stand in `planner_formulas`, the accelerators in `planner_hardware`, the public sizes in `planner_shapes`.
+The formulas stand in `planner_formulas`, what they are about in `planner_step`, the accelerators in
+`planner_hardware`, the public sizes in `planner_shapes`.
 What the data are like is assumed where it can't be read, said in the plan, and can be given. Nothing here needs torch.
 """
 
@@ -18,9 +19,10 @@ from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.tokenization.sequences import OVERHEAD, SEQUENCES, TASK_FAMILIES
 from qwen3_vlm.tokenization.token_space import TokenSpace
 from qwen3_vlm.train import planner_formulas as formulas
-from qwen3_vlm.train.planner_formulas import BF16, FP32, NF4, TRAINS, Batch, HeldText, Memory, Model, Numerics
+from qwen3_vlm.train.planner_formulas import Memory
 from qwen3_vlm.train.planner_hardware import Cluster
 from qwen3_vlm.train.planner_shapes import ConnectorShape, LoraShape, read_text_shape, read_tower_shape
+from qwen3_vlm.train.planner_step import BF16, FP32, NF4, TRAINS, Batch, HeldText, Model, Numerics
 
 FILL = 0.98  # real tokens ÷ room of packed rows: `data.plan.fill_rate` of LLaVA-Pretrain's lengths
 PADDED = 1.1  # longest ÷ mean length of a batch whose samples were sorted by length

@@ -11,7 +11,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, Sigl
 from qwen3_vlm.models import losses, precision
 from qwen3_vlm.models.lora import add_lora
 from qwen3_vlm.train import planner_formulas as formulas
-from qwen3_vlm.train.planner_formulas import BF16, FP32, TRAINS, Batch, Model, Numerics
 from qwen3_vlm.train.planner_shapes import (
     QWEN3,
     ConnectorShape,
@@ -22,6 +21,7 @@ from qwen3_vlm.train.planner_shapes import (
     text_shape,
     tower_shape,
 )
+from qwen3_vlm.train.planner_step import BF16, FP32, TRAINS, Batch, Model, Numerics
 from qwen3_vlm.train.stages import FULL_TRUNK, STAGES, apply_stage, trainability_table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

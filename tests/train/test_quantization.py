@@ -25,7 +25,7 @@ from qwen3_vlm.train.add_ons import load_vlm
 from qwen3_vlm.train.connector_recipe import build_model
 from qwen3_vlm.train.export_rows import export_rows
 from qwen3_vlm.train.lora_stage import refuse_sharded_quantization
-from qwen3_vlm.train.planner_formulas import NF4
+from qwen3_vlm.train.planner_step import NF4
 from qwen3_vlm.train.run import save_checkpoint
 from qwen3_vlm.train.stages import trainability_table
 from qwen3_vlm.train.verify import verify_add_on
