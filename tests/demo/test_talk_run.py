@@ -111,9 +111,10 @@ def test_answers_are_counted_by_kind_with_and_without_sight() -> None:
         "count": (2, 0.5, 0.0),
         "object": (0, 0.0, 0.0),
         "which": (2, 0.5, 0.5),
+        "which: its last word": (2, 0.5, 0.5),
     }
     assert found.whole().value == 0.5
-    assert results_table(found).row_count == 5 + 3
+    assert results_table(found).row_count == 6 + 3
 
 
 def everything_right() -> list[Talk]:
@@ -126,8 +127,8 @@ def test_the_verdict_names_what_falls_short() -> None:
     check(PASSED, results(good))
     with pytest.raises(GateError, match=r"answers \(all\) 33.3% < 80%; .*answers \(count\) 0.0% < 80%"):
         check(PASSED, results([talk("x", "red one neither") for _ in range(20)]))
-    with pytest.raises(GateError, match=r"blind answers \(colour\) 50.0% > 35%"):
-        check(PASSED, results([*good, *[talk("xxx", "blue one neither")] * 10]))
+    with pytest.raises(GateError, match=r"blind answers 44.4% > 35%"):
+        check(PASSED, results([*good, *[talk("xxx", "blue two first")] * 16]))
     with pytest.raises(GateError, match=r"exact captions 4.0% fewer than after stage 1; 2% at most"):
         check(PASSED, results(good, after="a small cat"))
     with pytest.raises(GateError, match=r"promises: gate text drift: KL\."):
@@ -141,3 +142,12 @@ def test_no_more_conversations_are_shown_than_a_page_bears(tmp_path: Path, monke
     monkeypatch.setattr(talk_run, "_talk_rows", lambda number, talk: rows.append(number) or [{"": number}])
     write_results(tmp_path, results(everything_right()))
     assert rows == list(range(1, talk_run.SHOWN + 1))
+
+
+def test_a_comparison_is_right_as_a_whole_or_in_what_it_comes_to() -> None:
+    """A wrong reading before a right conclusion counts against the answer, and not against its last word."""
+    truth, said = "a cow no; a tree yes: second", "a pig no; a tree yes: second"
+    answers = [Answer("1", 0, "which picture shows a tree", truth, given, "neither") for given in (truth, said)]
+    found = results([Talk(("which",), (answer,), (Path("a.png"), Path("b.png"))) for answer in answers]).rows()
+    assert (found["which"].seeing.value, found["which: its last word"].seeing.value) == (0.5, 1.0)
+    assert found["which: its last word"].blind.value == 0.0
