@@ -79,7 +79,7 @@ class Results:
 
     def rows(self) -> dict[str, Share]:
         """All answers, then kind by kind, and what the comparisons come to."""
-        kinds = {kind: self.share(kind) for kind in KINDS}
+        kinds: dict[str, Share] = {kind: self.share(kind) for kind in KINDS}
         return {"all": self.share(*KINDS), **kinds, CONCLUSION: self.share("which", part=concluded)}
 
     def whole(self) -> Interval:
