@@ -60,7 +60,7 @@ def test_it_writes_conversations_trains_talks_and_says_what_falls_short(
         path.name for path in (run / "connector").iterdir()
     }
     table = json.loads((run / "results" / "held_out_answers.json").read_text(encoding="utf-8"))
-    assert [row["question"] for row in table["rows"]] == ["all", *KINDS]
+    assert [row["question"] for row in table["rows"]] == ["all", *KINDS, talk_run.CONCLUSION]
     assert table["rows"][0]["answers"] == 18
     talks = json.loads((run / "results" / "conversations.json").read_text(encoding="utf-8"))["rows"]
     assert len(talks) == 18
