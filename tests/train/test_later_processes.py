@@ -12,6 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from qwen3_vlm.config import LoraConfig
+from qwen3_vlm.models.lora import ADAPTER
+from qwen3_vlm.models.trunk import TRUNK
 from qwen3_vlm.train.train_utils import train
 from tests.train.processes import run_on_two_ranks, start, wait_for_steps
 from tests.train.tiny_run import metrics, write_config
@@ -20,6 +23,7 @@ from tests.train.tiny_token_run import save_dataset, token_config
 
 Configure = Callable[..., Any]  # output folder, overrides → RunConfig
 STAGES = ["stage2_sft", "stage4_mmpt"]
+FULL = "stage4_mmpt, the whole decoder"
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +39,19 @@ def configure(
     shared |= {"eval__golden_samples": 1, "eval__golden_max_new_tokens": 1, "eval__decode_samples": 1}
     talks = {"text__files": [str(write_texts(folder / "texts"))]}
     tokens = {"stage": "stage4_mmpt", "text__files": [str(texts)], "tokens__tasks": {"i2t": {}, "t2i": {}}}
+    usual = LoraConfig()
+    full = {"trunk__training": "full", "lora__rank": usual.rank, "lora__dropout": usual.dropout}
     return {
         "stage2_sft": lambda out, **more: setting.config(out, **{**shared, **talks, **more}),
         "stage4_mmpt": lambda out, **more: token_config(out, dataset, **{**shared, **tokens, **more}),
+        FULL: lambda out, **more: token_config(out, dataset, **{**shared, **tokens, **more, **full}),
     }
 
 
 def add_on(run: Path) -> dict[str, torch.Tensor]:
     """Everything that was trained."""
     folder = next(run / name for name in ("connector", "rows") if (run / name).is_dir())
-    found = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    found = safetensors.torch.load_file(next(folder / name for name in (ADAPTER, TRUNK) if (folder / name).is_file()))
     if folder.name == "rows":
         rows = torch.load(folder / "trainable_rows.pt", weights_only=True)
         return found | {name: value for name, value in rows.items() if isinstance(value, torch.Tensor)}
@@ -52,7 +59,7 @@ def add_on(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, FULL])
 def test_killed_anywhere_ends_the_same(stage: str, configure: dict[str, Configure], tmp_path: Path) -> None:
     """kill -9 within a step, then to the end: the same bits as uninterrupted, with the adapter's dropout on."""
     settings: dict[str, Any] = {"optim__max_steps": 8, "save_every": 3, "log_every": 1, "lora__dropout": 0.1}
@@ -75,7 +82,7 @@ def test_killed_anywhere_ends_the_same(stage: str, configure: dict[str, Configur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, FULL])
 def test_two_ranks_are_one_process(stage: str, configure: dict[str, Configure], tmp_path: Path) -> None:
     """2 gloo processes × accumulation 2 = 1 process × accumulation 4; some micro-batches have no text."""
     settings: dict[str, Any] = {"optim__eps": 1e-3, "save_every": 9, "log_every": 1, "optim__max_steps": 5}
