@@ -138,6 +138,7 @@ def which_shows(answer: str) -> Form:
     """`which picture shows a cow`, where that is the answer."""
 
     def ask(pair: Pair, rng: random.Random) -> Asked | None:
+        """A name for which the answer is true of the pair; each object that is seen is checked against it."""
         first, second = (picture.names for picture in pair)
         fitting = {"first": first - second, "second": second - first, "both": first & second}
         names = sorted(fitting.get(answer) or (set(NAMES) - first - second if answer == "neither" else ()))
