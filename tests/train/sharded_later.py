@@ -1,7 +1,8 @@
 """Two ranks, FSDP2 by hand on a CPU: run by test_later_processes.py under torch.distributed.run.
 
-Models with adapters are sharded, and trained with the KL to the base; one rank's batch has no text, so the ranks must
-still pass through the base's layers equally often. The same model whole sees both batches.
+Models with adapters, and one whose whole decoder trains, are sharded, and trained with the KL to the base; one rank's
+batch has no text, so the ranks must still pass through the base's layers equally often. The same model whole sees both
+batches.
 """
 
 import copy
@@ -17,13 +18,15 @@ from torch.distributed.fsdp import fully_shard
 from qwen3_vlm.models.base_divergence import BaseDivergence
 from qwen3_vlm.models.bases import load_bases
 from qwen3_vlm.models.lora import add_lora, lora_parameters
+from qwen3_vlm.models.trunk import frozen_copy
 from qwen3_vlm.train.checkpoint import whole
-from qwen3_vlm.train.stages import STAGES, apply_stage, audit_gradients, trainable_parameters
+from qwen3_vlm.train.stages import FULL_TRUNK, STAGES, apply_stage, audit_gradients, trainable_parameters
 from qwen3_vlm.train.text_anchor import TextAnchor
 from tests.models.grown import grow, make_base, pad, sequences
 from tests.tiny import TINY_CONNECTOR
 
 STEPS = 3
+CASES = {**STAGES, "the whole decoder": FULL_TRUNK}
 Inputs = dict[str, Any]
 
 
@@ -69,7 +72,7 @@ def step(model: Any, anchor: TextAnchor, optimizer: Any, batches: Sequence[Input
         mask: Tensor | None = inputs.pop("text_mask", None)
         options = anchor.options(inputs, mask, counts[1] / ranks)
         model(**inputs, **options, num_items_in_batch=counts[0] / ranks).loss.backward()
-    audit_gradients(model, STAGES[stage])
+    audit_gradients(model, CASES[stage])
     norm: Any = torch.nn.utils.clip_grad_norm_(list(trainable_parameters(model).values()), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -80,10 +83,16 @@ COUNTS: dict[str, tuple[int, int]] = {}
 
 
 def agree(stage: str, model: Any, trunk: Any, batches: list[Inputs]) -> None:
-    add_lora(trunk, rank=4, alpha=8, seed=1)
-    for parameter in lora_parameters(trunk).values():
-        parameter.data += 0.02
-    apply_stage(model, STAGES[stage])
+    base = None
+    if CASES[stage] is FULL_TRUNK:
+        base = frozen_copy(trunk)
+        for parameter in trunk.parameters():
+            parameter.data *= 1.02
+    else:
+        add_lora(trunk, rank=4, alpha=8, seed=1)
+        for parameter in lora_parameters(trunk).values():
+            parameter.data += 0.02
+    apply_stage(model, CASES[stage])
     alone = copy.deepcopy(model)
     names = {id(module): name for name, module in model.named_modules()}
     pair = [(model, trunk), (alone, alone.get_submodule(names[id(trunk)]))]
@@ -93,7 +102,8 @@ def agree(stage: str, model: Any, trunk: Any, batches: list[Inputs]) -> None:
         sum(int(batch["text_mask"].sum()) - 1 for batch in batches if "text_mask" in batch),
     )
     anchors = [
-        TextAnchor(BaseDivergence(decoder, one.lm_head, one.config.get_text_config()), 2.0) for one, decoder in pair
+        TextAnchor(BaseDivergence(decoder, one.lm_head, one.config.get_text_config(), base), 2.0)
+        for one, decoder in pair
     ]
     optimizers = [
         torch.optim.AdamW(list(trainable_parameters(one).values()), lr=0.01, eps=1e-3, fused=True) for one, _ in pair
@@ -121,6 +131,7 @@ def main(llm: str, tower: str) -> None:
     torch.manual_seed(0)
     agree("stage2_sft", *vision_model(llm, tower))
     agree("stage4_mmpt", *token_model())
+    agree("the whole decoder", *token_model())
     dist.destroy_process_group()
 
 

@@ -108,4 +108,5 @@ def test_two_ranks_are_one_process(stage: str, configure: dict[str, Configure], 
 def test_shards_are_the_whole(tiny_llm_dir: Path, tiny_tower_dir: Path) -> None:
     """FSDP2 over two gloo ranks, against the same models whole."""
     printed = run_on_two_ranks("tests.train.sharded_later", tiny_llm_dir, tiny_tower_dir)
-    assert [printed.count(f"{stage}: sharded and whole agree") for stage in STAGES] == [2, 2]
+    agreed = [printed.count(f"{case}: sharded and whole agree") for case in (*STAGES, "the whole decoder")]
+    assert agreed == [2, 2, 2]
