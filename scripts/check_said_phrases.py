@@ -4,7 +4,8 @@
 
 Held-out phrases are said with the demo's own sampling. The ids of the first codebook are compared with those of all
 their recordings: is its own the most similar one? And is each half of its own recording there, by 60 % of its ids in
-their order? Of a phrase of two names, a half is a name. Prints one line per number of words.
+their order? Of a phrase of two names, a half is a name. The same is asked of the next phrase's recording, which shares
+no more than the words between: what chance would find. Prints one line per number of words.
 """
 
 import argparse
@@ -67,15 +68,19 @@ def main() -> None:
     said = [first_codebook(np.asarray(segments[0].ids), codebooks) for segments in answers]
     recorded = [first_codebook(np.asarray(record.ids["audio"]), codebooks) for record in records]
     counts: dict[int, Counter[str]] = defaultdict(Counter)
-    for text, mine, own in zip(texts, said, recorded, strict=True):
+    others = [*recorded[1:], recorded[0]]
+    for text, mine, own, another in zip(texts, said, recorded, others, strict=True):
         scores = [likeness(mine, other).ratio() for other in recorded]
         nearest = {other for other, score in zip(texts, scores, strict=True) if score == max(scores)}
-        first, second = halves(mine, own)
-        counts[len(text.split())].update({"phrases": 1, "nearest": text in nearest, "first": first, "second": second})
+        found = counts[len(text.split())]
+        found.update({"phrases": 1, "nearest": text in nearest})
+        found.update(dict(zip(("first", "second"), halves(mine, own), strict=True)))
+        found.update(dict(zip(("other first", "other second"), halves(mine, another), strict=True)))
     for words, found in sorted(counts.items()):
         print(
             f"{words} words: own recording nearest of {len(records)} in {found['nearest']} of {found['phrases']}; "
-            f"its first half there in {found['first']}, its second in {found['second']}"
+            f"its first half there in {found['first']}, its second in {found['second']}; "
+            f"another's in {found['other first']} and {found['other second']}"
         )
 
 
